@@ -1,0 +1,375 @@
+"""A recipe: one TOML file, one frozen flat dataclass a stage; read, checked, and passed on to every stage.
+
+Reads `recipes/*.toml`; `--set section.field=value` overrides single fields.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from daco.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What holds for all stages."""
+
+    name: str = "daco"
+    """Name of the run and of the release's files."""
+    seed: int = 0
+    """Every random choice is drawn from (seed, stage, shard)."""
+    threads: int = 2
+    """Threads of torch; part of what fixes the bytes of a run."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where caption-image pairs come from."""
+
+    kind: str = "folder"
+    """`folder` (image.ext + image.txt), `table` (TSV, CSV or parquet), `coco` (captions JSON), `dataset` (a `datasets` data set) or `drawn` (procedural)."""
+    path: str = ""
+    """Folder, file or data set id, by kind."""
+    images: str = ""
+    """Folder of the images of a table or COCO file; default: the file's own folder."""
+    image_column: str = "image"
+    """Column with the image's path (table) or the image (dataset)."""
+    caption_columns: tuple[str, ...] = ("caption",)
+    """Columns that make the caption, joined by ", "."""
+    caption_separator: str = ""
+    """Where set, this character within a caption column reads as ", "."""
+    url_column: str = ""
+    """Column with the image's URL, if any."""
+    key_column: str = ""
+    """Column with the pair's key in its source; default: the image's path."""
+    config: str = ""
+    """Config of a `datasets` data set."""
+    split: str = "train"
+    """Split of a `datasets` data set."""
+    rows: int = 0
+    """Read at most this many pairs (drawn: draw this many); 0 = all."""
+    name: str = ""
+    """Name of the source in the release."""
+    revision: str = ""
+    """Revision or date of the source, for the manifest."""
+    url: str = ""
+    """Page of the source, for the card."""
+    licence: str = ""
+    """SPDX id of the source's licence; nothing is published without one."""
+    redistribute_images: bool = False
+    """Whether the licence lets the release carry pixels."""
+    shard_rows: int = 512
+    """Pairs read in one shard."""
+
+
+@dataclass(frozen=True)
+class ConceptsConfig:
+    """Which concepts the dictionary has."""
+
+    source: str = "captions"
+    """`captions` (frequent words and names of the corpus) or `table` (a TSV with a column `concept`)."""
+    path: str = ""
+    """The TSV of `table`: concept, and optionally synset, pos, definition, group, polarity."""
+    min_count: int = 3
+    """A caption word is a concept when at least this many captions have it."""
+    max_concepts: int = 15_000
+    """At most this many, the most frequent first."""
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The CLIP that embeds images and texts."""
+
+    model: str = ""
+    """Hub id or folder of a CLIP or SigLIP model; empty: train a tiny one on the corpus."""
+    revision: str = ""
+    """Revision of `model`."""
+    steps: int = 600
+    """Training steps of the tiny CLIP."""
+    batch: int = 128
+    """Pairs a step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate (cosine schedule, AdamW)."""
+    image_size: int = 32
+    """Side of the tiny CLIP's images in pixels."""
+    patch_size: int = 8
+    """Side of its patches in pixels."""
+    hidden: int = 96
+    """Width of both towers."""
+    n_layers: int = 3
+    """Blocks of both towers."""
+    vocabulary: int = 2_048
+    """Size of its tokenizer, trained on the captions."""
+    holdout: float = 0.2
+    """Share of the pairs, chosen by hash of stimulus_id, kept out of the tiny CLIP's training."""
+    checkpoint_steps: int = 100
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class EmbeddingsConfig:
+    """Embedding the corpus with the CLIP."""
+
+    path: str = ""
+    """A folder that `clip-retrieval inference` wrote; empty: embed here."""
+    batch: int = 64
+    """Pairs a forward."""
+    shard_rows: int = 512
+    """Pairs a shard."""
+
+
+@dataclass(frozen=True)
+class StimuliConfig:
+    """Positives and negatives of each concept (Eq. 4)."""
+
+    template: str = "{concept}"
+    """Text that is embedded for a concept."""
+    n_positive: int = 27
+    """Positives a concept, at most."""
+    min_positive: int = 4
+    """A concept with fewer is dropped and counted."""
+    pool: int = 65_536
+    """Stimuli in the seeded pool of negatives."""
+    block: int = 256
+    """Concepts a shard."""
+
+
+@dataclass(frozen=True)
+class PolarityConfig:
+    """Labels of concepts."""
+
+    path: str = ""
+    """TSV: concept, polarity (overrides what the concepts' table says); default: `recipes/polarity_words.tsv`."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen MLLM."""
+
+    id: str = ""
+    """Hub id or folder of an image-text-to-text model."""
+    revision: str = ""
+    """Its revision."""
+    name: str = ""
+    """Short name in config and repo names, e.g. `qwen2_5_vl_7b`."""
+    tiny: str = ""
+    """`llava`, `qwen2_5_vl` or `internvl`: a tiny random model of that class instead of `id`, for trying things out."""
+    dtype: str = "float32"
+    """dtype of its weights."""
+
+
+@dataclass(frozen=True)
+class ActivationsConfig:
+    """One forward pass of the MLLM over the linked stimuli."""
+
+    layers: tuple[int, ...] = (15, 16, 17, 18, 19)
+    """Decoder blocks whose output is read, 0-based."""
+    reading: str = "last"
+    """Contrastive reading: `last` token of the prompt, `caption_last` token, or `caption_mean`."""
+    batch: int = 16
+    """Stimuli a forward."""
+    shard_rows: int = 128
+    """Stimuli a shard."""
+    max_norm: float = 10.0
+    """Tokens whose norm is over this multiple of the shard's median are masked and counted."""
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """Training of the SAEs, one a layer."""
+
+    activation: str = "topk"
+    """`topk` or `relu` (with an L1 penalty)."""
+    n_atoms: int = 0
+    """Atoms; 0: as many as concepts, rounded up to a multiple of 8."""
+    k: int = 32
+    """Active atoms of TopK."""
+    l1: float = 1e-3
+    """lambda of the L1 penalty."""
+    start: str = "dictionary"
+    """`dictionary` or `random` start of the decoder."""
+    steps: int = 500
+    """Training steps."""
+    batch: int = 512
+    """Tokens a step."""
+    learning_rate: float = 1e-3
+    """Of Adam, constant after a linear warm-up of 5 %."""
+    holdout: float = 0.1
+    """Share of the stimuli whose tokens are never trained on."""
+    eval_steps: int = 50
+    """Steps between measurements."""
+    checkpoint_steps: int = 100
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class AtomsConfig:
+    """Labels and names of atoms (Eq. 9)."""
+
+    eta: float = 0.3
+    """Cosine threshold of labels."""
+    n_nearest: int = 5
+    """Nearest concepts kept for each atom."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measuring what was built."""
+
+    items: int = 64
+    """Held-out stimuli steered, at most."""
+    batch: int = 16
+    """Stimuli a forward."""
+    gamma: float = 0.0
+    """Strength of the desirable shift, in units of R; written as the steering default."""
+
+
+@dataclass(frozen=True)
+class ReleaseConfig:
+    """What is published, and under which names."""
+
+    org: str = "local"
+    """Namespace of the repos."""
+    dataset: str = "DACO-400K"
+    """Dataset repo."""
+    model: str = ""
+    """Model repo; default `daco-sae-<model name>`."""
+    version: str = "1.0.0"
+    """MAJOR.MINOR.PATCH; the tag is `v` + version."""
+    licence: str = "cc-by-4.0"
+    """Licence of the release itself (concepts, links, directions, SAE)."""
+    contact: str = ""
+    """Where to ask for removals."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All sections of a recipe file."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    concepts: ConceptsConfig = field(default_factory=ConceptsConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    embeddings: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
+    stimuli: StimuliConfig = field(default_factory=StimuliConfig)
+    polarity: PolarityConfig = field(default_factory=PolarityConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    sae: SaeConfig = field(default_factory=SaeConfig)
+    atoms: AtomsConfig = field(default_factory=AtomsConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    release: ReleaseConfig = field(default_factory=ReleaseConfig)
+
+
+LOCAL_FIELDS = {
+    ("corpus", "path"),
+    ("corpus", "images"),
+    ("concepts", "path"),
+    ("polarity", "path"),
+    ("embeddings", "path"),
+}
+"""Fields that name places on this machine; they never reach a manifest."""
+
+
+def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe file; `overrides` are `section.field=value`.
+
+    Raises:
+        RecipeError: the file is missing or no TOML, or has an unknown section or field, or a value of the wrong type.
+    """
+    try:
+        sections: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"expected a recipe file, got none at {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: expected TOML, got {error}") from error
+    for override in overrides:
+        _override(sections, override)
+    return recipe_of(sections)
+
+
+def recipe_of(sections: dict[str, Any]) -> Recipe:
+    """A recipe from a dict of sections; see `load_recipe`."""
+    known = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
+    if unknown := sorted(set(sections) - set(known)):
+        raise RecipeError(f"unknown section {unknown[0]!r}; expected one of {sorted(known)}")
+    built = {
+        name: _section(name, typing.cast(type, known[name]), values) for name, values in sections.items()
+    }
+    recipe = Recipe(**built)
+    _check(recipe)
+    return recipe
+
+
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON-able facts, without places on this machine."""
+    facts = dataclasses.asdict(recipe)
+    for section, name in LOCAL_FIELDS:
+        facts[section].pop(name)
+    if Path(recipe.model.id).is_absolute():
+        facts["model"].pop("id")
+    return facts
+
+
+def _section(name: str, config: type, values: object) -> Any:
+    if not isinstance(values, dict):
+        raise RecipeError(f"[{name}]: expected a table of fields, got {values!r}")
+    hints = typing.get_type_hints(config)
+    if unknown := sorted(set(values) - set(hints)):
+        raise RecipeError(f"[{name}]: unknown field {unknown[0]!r}; expected one of {sorted(hints)}")
+    return config(**{key: _typed(f"{name}.{key}", hints[key], value) for key, value in values.items()})
+
+
+def _typed(where: str, expected: Any, value: object) -> object:
+    """Check a TOML value against a field's type; lists become tuples, whole numbers may stand for floats."""
+    if isinstance(expected, types.GenericAlias):
+        item = expected.__args__[0]
+        if not isinstance(value, list):
+            raise RecipeError(f"{where}: expected a list, got {value!r}")
+        return tuple(_typed(where, item, v) for v in value)
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        raise RecipeError(f"{where}: expected {expected.__name__}, got {value!r}")
+    return value
+
+
+def _override(sections: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise RecipeError(f"--set: expected section.field=value, got {text!r}")
+    try:
+        parsed = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word: a path or a name
+    sections.setdefault(section, {})[name] = parsed
+
+
+def _check(recipe: Recipe) -> None:
+    """Ranges and choices; the first broken one is raised."""
+    choices = {
+        "corpus.kind": (recipe.corpus.kind, ("folder", "table", "coco", "dataset", "drawn")),
+        "concepts.source": (recipe.concepts.source, ("captions", "table")),
+        "model.tiny": (recipe.model.tiny, ("", "llava", "qwen2_5_vl", "internvl")),
+        "activations.reading": (recipe.activations.reading, ("last", "caption_last", "caption_mean")),
+        "sae.activation": (recipe.sae.activation, ("topk", "relu")),
+        "sae.start": (recipe.sae.start, ("dictionary", "random")),
+    }
+    for where, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise RecipeError(f"{where}: expected one of {allowed}, got {value!r}")
+    if not recipe.activations.layers or list(recipe.activations.layers) != sorted(
+        set(recipe.activations.layers)
+    ):
+        raise RecipeError(
+            f"activations.layers: expected rising layer numbers, got {recipe.activations.layers}"
+        )
+    if not recipe.model.id and not recipe.model.tiny:
+        raise RecipeError("model: expected an `id` (Hub id or folder) or `tiny`, got neither")
+    if "{concept}" not in recipe.stimuli.template:
+        raise RecipeError(f"stimuli.template: expected '{{concept}}' in it, got {recipe.stimuli.template!r}")

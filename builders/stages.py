@@ -1,0 +1,175 @@
+"""The frame every stage runs in: shards that are whole or absent, a log of them, counts, and a seal when it is done.
+
+Writes `out/<stage>/stage.json` (what the stage depends on), `shards/<name>/`, `done.json` (sha256 of every file, counts)
+and appends to `out/log.jsonl`. Killed at any moment, a stage loses at most the shard in flight.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from builders.recipe import Recipe
+from daco.errors import FormatError, IntegrityError
+from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, write_atomic
+
+T = TypeVar("T")
+
+PARTIAL = ".partial-"
+DONE, STAGE, LOG = "done.json", "stage.json", "log.jsonl"
+
+
+class Work:
+    """One stage at work in a run folder.
+
+    Args:
+        recipe: The whole recipe; a stage reads its own section and a few others.
+        out: The run folder.
+        stage: The stage's name; its folder is `out/stage`.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, stage: str) -> None:
+        self.recipe, self.out, self.stage = recipe, out, stage
+        self.folder = out / stage
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.recipe.run.seed
+
+    def upstream(self, stage: str) -> Path:
+        """Folder of a finished stage.
+
+        Raises:
+            IntegrityError: that stage is not finished.
+        """
+        if not (self.out / stage / DONE).is_file():
+            raise IntegrityError(
+                f"stage {self.stage!r} needs {stage!r}, which is not finished in {self.out}; run it first"
+            )
+        return self.out / stage
+
+    def open(self, fingerprint: str) -> bool:
+        """Make the stage's folder ready; False when it is already done for this fingerprint.
+
+        A folder of another fingerprint (the recipe or an upstream stage changed) is emptied first.
+        """
+        if self._fingerprint() != fingerprint:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_atomic(self.folder / STAGE, canonical_json({"fingerprint": fingerprint}))
+        elif (self.folder / DONE).is_file():
+            return False
+        for left_over in self.folder.glob(f"shards/{PARTIAL}*"):
+            shutil.rmtree(left_over)
+        (self.folder / "shards").mkdir(exist_ok=True)
+        return True
+
+    def _fingerprint(self) -> str | None:
+        try:
+            return str(json.loads((self.folder / STAGE).read_text("utf-8"))["fingerprint"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def has(self, name: str) -> bool:
+        """Whether this shard was finished, now or in an earlier run."""
+        return (self.folder / "shards" / name).is_dir()
+
+    def shards(self) -> list[Path]:
+        """Folders of the finished shards, by name."""
+        found = (self.folder / "shards").iterdir()
+        return sorted(path for path in found if path.is_dir() and not path.name.startswith(PARTIAL))
+
+    @contextmanager
+    def shard(self, name: str) -> Iterator[Path]:
+        """A fresh folder for one shard, renamed into place when the block ends without an exception."""
+        temporary = self.folder / "shards" / f"{PARTIAL}{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        start = time.monotonic()
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _fsync(path)
+        temporary.rename(self.folder / "shards" / name)
+        self.log("shard", shard=name, seconds=round(time.monotonic() - start, 3))
+
+    def drop_shards(self) -> None:
+        """Remove all shards, once what they were for is written elsewhere in the stage's folder."""
+        shutil.rmtree(self.folder / "shards", ignore_errors=True)
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append one line to the run's log."""
+        line = json.dumps({"stage": self.stage, "event": event, **facts}, sort_keys=True)
+        with (self.out / LOG).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def progress(self, items: Iterable[T], total: int | None = None, unit: str = "it") -> Iterable[T]:
+        """`items` behind the stage's progress bar; quiet when not at a terminal."""
+        quiet = not sys.stderr.isatty()
+        return tqdm(items, total=total, unit=unit, desc=self.stage, disable=quiet)  # type: ignore[no-any-return]
+
+    def finish(self, counts: Mapping[str, Any], rows: Mapping[str, int] | None = None) -> None:
+        """Seal the stage: `done.json` with its counts (in, out, skipped) and every file's sha256."""
+        rows = rows or {}
+        names = [
+            path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()
+        ]
+        files = {n: file_entry(self.folder / n, rows.get(n)) for n in sorted(names) if n not in (STAGE, DONE)}
+        write_atomic(self.folder / DONE, canonical_json({"counts": dict(counts), "files": files}))
+        self.log("done")
+
+
+def done(out: Path, stage: str) -> dict[str, Any]:
+    """The seal of a finished stage: `counts` and `files`.
+
+    Raises:
+        FormatError: the seal is no JSON.
+        IntegrityError: the stage is not finished.
+    """
+    path = out / stage / DONE
+    if not path.is_file():
+        raise IntegrityError(f"expected stage {stage!r} to be finished in {out}, got no {DONE}; run it first")
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except ValueError as error:
+        raise FormatError(
+            f"{path}: expected JSON, got {error}; delete the stage's folder and run again"
+        ) from error
+
+
+def summed_counts(shards: Iterable[Path], name: str = "counts.json") -> Counter[str]:
+    """Sum of the counts that shards kept in their `counts.json`."""
+    total: Counter[str] = Counter()
+    for shard in shards:
+        if (shard / name).is_file():
+            total.update(json.loads((shard / name).read_text("utf-8")))
+    return total
+
+
+def fingerprint(stage: str, sections: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
+    """What a stage's result depends on: its recipe sections and the seals of the stages it reads."""
+    facts = {"stage": stage, "format": FORMAT_VERSION, "sections": dict(sections), "upstream": dict(upstream)}
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+
+
+def seal_sha256(out: Path, stage: str) -> str:
+    """sha256 of a finished stage's seal, hence of all its files."""
+    return file_entry(out / stage / DONE)["sha256"] if (out / stage / DONE).is_file() else ""
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Dataset and model cards: from the facts of a manifest to escaped Markdown."""

@@ -1,0 +1,223 @@
+"""The manifest of a release folder: written last, so that it means "complete"; one `validate` for writer and reader.
+
+Reads and writes `manifest.json`; hashes the files beside it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from daco.errors import FormatError, FormatTooNewError, IntegrityError
+
+FORMAT_VERSION = "1.0.0"
+"""Semver of the layout of releases; a reader refuses a newer major."""
+
+MANIFEST = "manifest.json"
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SPLIT = re.compile(r"\w+")
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "format_version": str,
+    "kind": str,
+    "name": str,
+    "version": str,
+    "files": dict,
+    "sources": list,
+    "counts": dict,
+    "recipe": dict,
+    "seeds": dict,
+    "versions": dict,
+    "facts": dict,
+}
+_DATASET_KEYS: dict[str, type | tuple[type, ...]] = {"configs": dict, "models": dict}
+
+
+def canonical_json(value: Any) -> str:
+    """`value` as JSON with sorted keys, two-space indent and a final newline: same value, same bytes."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write `content` to `path` so that a reader sees all of it or nothing (temporary file, fsync, rename)."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(path: Path, rows: int | None = None) -> dict[str, Any]:
+    """The manifest's entry for a file: sha256, size in bytes, and rows where it is a table."""
+    entry: dict[str, Any] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    return entry if rows is None else entry | {"rows": rows}
+
+
+def release_files(folder: Path) -> list[str]:
+    """Posix paths of all files of a release folder but the manifest itself, sorted."""
+    found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) != MANIFEST)
+
+
+def check_format_version(version: object, where: str = MANIFEST) -> None:
+    """Refuse a newer major version of the format.
+
+    Raises:
+        FormatError: `version` is not `MAJOR.MINOR.PATCH`.
+        FormatTooNewError: its major is newer than `FORMAT_VERSION`'s.
+    """
+    if not isinstance(version, str) or not _VERSION.fullmatch(version):
+        raise FormatError(
+            f"{where}: expected format_version like {FORMAT_VERSION!r}, got {version!r}; is this a DACO release?"
+        )
+    if int(version.split(".")[0]) > int(FORMAT_VERSION.split(".")[0]):
+        raise FormatTooNewError(
+            f"{where}: format {version} is newer than the {FORMAT_VERSION} this daco reads; run `pip install --upgrade daco`"
+        )
+
+
+def validate(manifest: object) -> None:
+    """Check a manifest against the format; the writer and every reader call this.
+
+    Raises:
+        FormatTooNewError: written by a newer major version of the format.
+        FormatError: lists every rule that is broken.
+    """
+    if not isinstance(manifest, Mapping):
+        raise FormatError(f"{MANIFEST}: expected a JSON object, got {type(manifest).__name__}")
+    check_format_version(manifest.get("format_version"))
+    broken = [*_broken_keys(manifest), *_broken_files(manifest.get("files"))]
+    if manifest.get("kind") == "dataset":
+        broken += _broken_configs(manifest)
+    if broken:
+        raise FormatError(f"{MANIFEST} breaks the format:\n- " + "\n- ".join(broken))
+
+
+def _broken_keys(manifest: Mapping[str, Any]) -> list[str]:
+    kind = manifest.get("kind")
+    expected = _KEYS | (_DATASET_KEYS if kind == "dataset" else {})
+    broken = [f"expected key {key!r}, got none" for key in expected if key not in manifest]
+    broken += [f"unknown key {key!r}" for key in manifest if key not in expected]
+    broken += [
+        f"{key}: expected {kind_.__name__ if isinstance(kind_, type) else kind_}, got {type(manifest[key]).__name__}"
+        for key, kind_ in expected.items()
+        if key in manifest and not isinstance(manifest[key], kind_)
+    ]
+    if kind not in ("dataset", "model"):
+        broken.append(f"kind: expected 'dataset' or 'model', got {kind!r}")
+    if not _VERSION.fullmatch(str(manifest.get("version", ""))):
+        broken.append(f"version: expected MAJOR.MINOR.PATCH, got {manifest.get('version')!r}")
+    return broken
+
+
+def _broken_files(files: object) -> list[str]:
+    broken = []
+    for path, entry in files.items() if isinstance(files, Mapping) else ():
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in path or str(pure) != path or path == MANIFEST:
+            broken.append(f"files: {path!r} is not a plain relative path of a release")
+        if not isinstance(entry, Mapping) or not _SHA256.fullmatch(str(entry.get("sha256", ""))):
+            broken.append(f"files: {path!r}: expected a sha256 of 64 hex digits")
+        elif not isinstance(entry.get("bytes"), int) or entry["bytes"] < 0:
+            broken.append(f"files: {path!r}: expected a size in bytes, got {entry.get('bytes')!r}")
+    return broken
+
+
+def _broken_configs(manifest: Mapping[str, Any]) -> list[str]:
+    configs, files = manifest.get("configs"), manifest.get("files")
+    if not isinstance(configs, Mapping) or not isinstance(files, Mapping):
+        return []
+    broken = []
+    for config, facts in configs.items():
+        for split, part in facts.get("splits", {}).items():
+            if not _SPLIT.fullmatch(split):
+                broken.append(f"configs: split {split!r} of {config!r}: expected letters, digits and _ only")
+            missing = [path for path in part.get("files", ()) if path not in files]
+            broken += [
+                f"configs: {config}/{split} names {path!r}, which is not among the files" for path in missing
+            ]
+            rows = sum(files[path].get("rows", 0) for path in part.get("files", ()) if path in files)
+            if not missing and rows != part.get("rows"):
+                broken.append(
+                    f"configs: {config}/{split}: expected {part.get('rows')} rows, its files have {rows}"
+                )
+    return broken
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and validate `manifest.json` of a release folder.
+
+    Raises:
+        IntegrityError: there is none (the release was not finished) or it is not JSON.
+        FormatError: it breaks the format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise IntegrityError(
+            f"{folder}: expected {MANIFEST}, got none; the release is incomplete, write it again"
+        )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, where: str = MANIFEST) -> dict[str, Any]:
+    """Parse and validate the bytes of a manifest; see `read_manifest` for what it raises."""
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise IntegrityError(f"{where}: expected JSON, got {error}; download or write it again") from error
+    validate(manifest)
+    return dict(manifest)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Validate `manifest` and write it, the last file of a release.
+
+    Raises:
+        FormatError: it breaks the format; nothing is written.
+    """
+    validate(manifest)
+    write_atomic(folder / MANIFEST, canonical_json(manifest))
+
+
+def check_file(path: Path, entry: Mapping[str, Any], name: str) -> None:
+    """Compare one file with its manifest entry.
+
+    Raises:
+        IntegrityError: missing, of another size, or of another sha256.
+    """
+    if not path.is_file():
+        raise IntegrityError(
+            f"{name}: expected a file of {entry['bytes']} bytes, got none; download or build it again"
+        )
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise IntegrityError(
+            f"{name}: expected {entry['bytes']} bytes, got {size}: truncated? download or build it again"
+        )
+    if (digest := sha256_file(path)) != entry["sha256"]:
+        raise IntegrityError(
+            f"{name}: expected sha256 {entry['sha256']}, got {digest}: altered; download or build it again"
+        )
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Re-hash every file of a release folder against its manifest.
+
+    Raises:
+        IntegrityError: the first file that is missing, truncated or altered, or files the manifest does not know.
+    """
+    for name, entry in manifest["files"].items():
+        check_file(folder / name, entry, name)
+    if stray := [name for name in release_files(folder) if name not in manifest["files"]]:
+        raise IntegrityError(f"{folder}: expected only the manifest's files, got also {stray}; remove them")

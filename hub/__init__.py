@@ -1,0 +1,1 @@
+"""Plan, publish and verify releases on a Hub; and a local Hub for demos, tests and air-gapped use."""
