@@ -1,4 +1,4 @@
-"""Every error DACO raises on purpose; each class says when it is raised and derives from the builtin a caller would expect."""
+"""Every error DACO raises on purpose; a class says when, and derives from the builtin a caller would expect."""
 
 
 class DacoError(Exception):
@@ -38,7 +38,7 @@ class NothingToSteerError(DacoError, ValueError):
 
 
 class SteeringConflictError(DacoError, RuntimeError):
-    """The model is already steered, or in a mode (another thread, graph replay) in which hooks would be wrong."""
+    """The model is already steered, or in a mode (threads, graph replay) in which hooks would be wrong."""
 
 
 class UnknownConceptError(DacoError, KeyError):

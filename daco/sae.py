@@ -1,0 +1,160 @@
+"""The sparse autoencoder of one layer, and what is known of its atoms: names, polarity, firing rate."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from daco.errors import FormatError
+
+ACTIVATIONS = ("relu", "topk", "jumprelu")
+
+
+def top_k(pre: Tensor, k: int) -> Tensor:
+    """ReLU, then the `k` largest of the last axis, the rest zero; ties go to the lower index.
+
+    Args:
+        pre: Pre-activations `[..., n_atoms]`.
+        k: How many stay.
+
+    Returns:
+        `[..., n_atoms]`, at most `k` non-zero on the last axis.
+    """
+    pre = pre.relu()
+    kth = pre.topk(k, dim=-1).values[..., -1:]
+    above, ties = pre > kth, pre == kth
+    room = k - above.sum(-1, keepdim=True)
+    return torch.where(above | (ties & (ties.cumsum(-1) <= room)), pre, 0)
+
+
+class SAE(nn.Module):
+    """`c = act((z - b_dec) W_enc + b_enc)`, `z^ = c W_dec + b_dec` (DESIGN section 4.4).
+
+    Args:
+        W_enc: `[d_model, n_atoms]`.
+        b_enc: `[n_atoms]`.
+        W_dec: `[n_atoms, d_model]`; a row is an atom.
+        b_dec: `[d_model]`.
+        activation: `relu`, `topk` or `jumprelu`.
+        k: Active atoms of `topk`.
+        threshold: `[n_atoms]`, of `jumprelu`: a pre-activation counts where it is above its threshold.
+
+    Raises:
+        FormatError: shapes do not fit together, or k or threshold is missing or out of range.
+    """
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        activation: str = "topk",
+        k: int | None = None,
+        threshold: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        _check_shapes(W_enc, b_enc, W_dec, b_dec)
+        _check_activation(activation, k, threshold, n_atoms=W_dec.shape[0])
+        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
+        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+        self.activation, self.k = activation, k
+        self.threshold = None if threshold is None else nn.Parameter(threshold)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return int(self.W_dec.shape[1])
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of atoms."""
+        return int(self.W_dec.shape[0])
+
+    def pre_activations(self, z: Tensor) -> Tensor:
+        """`(z - b_dec) W_enc + b_enc`, `[..., d_model] -> [..., n_atoms]`."""
+        return (z - self.b_dec) @ self.W_enc + self.b_enc
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """The activation function on pre-activations `[..., n_atoms]`."""
+        if self.activation == "topk":
+            return top_k(pre, self.k)  # type: ignore[arg-type]
+        if self.activation == "jumprelu":
+            return torch.where(pre > self.threshold, pre.relu(), 0)
+        return pre.relu()
+
+    def encode(self, z: Tensor) -> Tensor:
+        """The code `c` of activations, `[..., d_model] -> [..., n_atoms]`."""
+        return self.activate(self.pre_activations(z))
+
+    def decode(self, c: Tensor) -> Tensor:
+        """The reconstruction from a code, `[..., n_atoms] -> [..., d_model]`."""
+        return c @ self.W_dec + self.b_dec
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The reconstruction `z^` of activations `[..., d_model]`."""
+        return self.decode(self.encode(z))
+
+
+def _check_shapes(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
+    if W_dec.ndim != 2:
+        raise FormatError(f"W_dec: expected [n_atoms, d_model], got {list(W_dec.shape)}")
+    m, d = W_dec.shape
+    for name, tensor, shape in (("W_enc", W_enc, [d, m]), ("b_enc", b_enc, [m]), ("b_dec", b_dec, [d])):
+        if list(tensor.shape) != shape:
+            raise FormatError(f"{name}: expected {shape} to go with W_dec {[m, d]}, got {list(tensor.shape)}")
+
+
+def _check_activation(activation: str, k: int | None, threshold: Tensor | None, n_atoms: int) -> None:
+    if activation not in ACTIVATIONS:
+        raise FormatError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    if activation == "topk" and not (isinstance(k, int) and 0 < k <= n_atoms):
+        raise FormatError(f"k: expected 1 to {n_atoms} (the number of atoms), got {k}")
+    if activation == "jumprelu" and (threshold is None or list(threshold.shape) != [n_atoms]):
+        got = None if threshold is None else list(threshold.shape)
+        raise FormatError(f"threshold: expected [{n_atoms}] for jumprelu, got {got}")
+
+
+def labels_of(cos_undesirable: np.ndarray, cos_desirable: np.ndarray, eta: float) -> np.ndarray:
+    """Polarity of atoms by their cosines to the two centroids (Eq. 9); ties are neutral.
+
+    Args:
+        cos_undesirable: `[n_atoms]`, cosine to the unit mean of undesirable directions.
+        cos_desirable: `[n_atoms]`, likewise of desirable ones.
+        eta: Cosine threshold.
+
+    Returns:
+        `[n_atoms]` of `undesirable`, `desirable` and `neutral`.
+
+    Source: arXiv 2604.08846, Eq. 9.
+    """
+    undesirable = (cos_undesirable >= eta) & (cos_undesirable > cos_desirable)
+    desirable = (cos_desirable >= eta) & (cos_desirable > cos_undesirable)
+    return np.select([undesirable, desirable], ["undesirable", "desirable"], "neutral")
+
+
+@dataclass(frozen=True)
+class LayerSAE:
+    """The SAE of one layer with what is known of its atoms."""
+
+    layer: int
+    """0-based decoder block whose output it encodes."""
+    sae: SAE
+    """The weights."""
+    atoms: pd.DataFrame
+    """One row an atom, columns of `daco.tables.ATOMS`."""
+    R: float
+    """Median norm of the layer's unmasked training tokens; the unit of gamma."""
+
+    def labels(self, eta: float | None = None) -> np.ndarray:
+        """Polarity of each atom `[n_atoms]`: as released, or at another cosine threshold `eta`."""
+        if eta is None:
+            return self.atoms["polarity"].to_numpy(dtype=object)
+        cosines = self.atoms["cos_undesirable"].to_numpy(), self.atoms["cos_desirable"].to_numpy()
+        return labels_of(*cosines, eta)
+
+    def names(self, atom: int) -> list[str]:
+        """The concepts nearest to an atom, nearest first."""
+        return list(self.atoms["nearest_concepts"].iloc[atom])

@@ -1,0 +1,170 @@
+"""The steering SAEs of a model release: loaded from a Hub repo or a folder, applied to the model they were made for."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from daco.errors import FormatError, UnknownLayerError
+from daco.load import resolve
+from daco.sae import LayerSAE
+from daco.sae_files import read_config, read_layer
+from daco.sites import ModelFacts
+
+if TYPE_CHECKING:
+    from daco.steer import Run
+
+
+@dataclass(frozen=True)
+class SteeringSAE:
+    """The SAEs of a model release, ready to steer the model they were made for.
+
+    Example:
+        >>> sae = SteeringSAE.from_pretrained("org/daco-sae-toy", revision="v1.0.0")  # doctest: +SKIP
+        >>> with sae.steer(model) as run:  # doctest: +SKIP
+        ...     model.generate(**inputs)
+        >>> print(run.report())  # doctest: +SKIP
+    """
+
+    config: dict[str, Any] = field(repr=False)
+    """The release's root `config.json`."""
+    layers: dict[int, LayerSAE] = field(repr=False)
+    """By layer, rising."""
+    name: str = ""
+    """Repo id or folder it came from."""
+    commit: str | None = None
+    """Commit it came from."""
+
+    @property
+    def base_model(self) -> ModelFacts:
+        """The model these SAEs belong to."""
+        return ModelFacts(**self.config["base_model"])
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The release's steering defaults: eta, gamma, scope."""
+        return dict(self.config["steering"])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        layers: list[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Load the SAEs of a model release.
+
+        Args:
+            repo_or_folder: `org/name` on the Hub, or a release folder.
+            revision: Tag, branch or commit; None is the newest release.
+            layers: Only these layers; None is all.
+            dtype: dtype of weights, codes and deltas.
+            device: Where the weights go; they follow the activations when steering.
+            token: As in huggingface_hub.
+            cache_dir: As in huggingface_hub.
+            local_files_only: Use the cache alone.
+
+        Raises:
+            ArtefactNotFoundError: no such repo, revision or folder, or no right to read it.
+            FormatTooNewError: written by a newer major version of the format.
+            FormatError: the release breaks the format.
+            IntegrityError: a file is missing, truncated or altered.
+            UnknownLayerError: a layer was asked for that the release does not have.
+        """
+        snapshot = resolve(
+            repo_or_folder,
+            "model",
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        config = read_config(snapshot.path("config.json"))
+        wanted = config["layers"] if layers is None else layers
+        if unknown := sorted(set(wanted) - set(config["layers"])):
+            raise UnknownLayerError(
+                f"{snapshot.name}: expected layers among {config['layers']}, got {unknown}"
+            )
+        loaded = {layer: read_layer(snapshot, layer, dtype, device) for layer in sorted(wanted)}
+        _check_widths(loaded, config["base_model"]["hidden_size"])
+        return cls(config, loaded, snapshot.name, snapshot.commit)
+
+    def steer(
+        self,
+        model: nn.Module,
+        *,
+        gamma: float | None = None,
+        eta: float | None = None,
+        layers: list[int] | None = None,
+        scope: str | None = None,
+        on_empty: str = "raise",
+        base_model_ok: bool = False,
+    ) -> "AbstractContextManager[Run]":
+        """Steer `model` inside a `with` block (DESIGN section 4.6); see `daco.steer.steer`.
+
+        Args:
+            model: The transformers model these SAEs belong to.
+            gamma: Strength of the desirable shift in units of R; None is the release's default.
+            eta: Cosine threshold of labels; None takes the labels as released.
+            layers: Only these layers; None is all.
+            scope: `all`, `image`, `prompt` or `generated`; None is the release's default.
+            on_empty: `raise` when nothing can be steered, or `pass` for an exact no-op.
+            base_model_ok: Accept another base model id or revision (a fine-tune, a quantised copy).
+
+        Raises:
+            ModelMismatchError: it is not the model these SAEs were made for.
+            NothingToSteerError: no atom is labelled at this eta, or the scope is empty.
+            SteeringConflictError: the model is already steered.
+        """
+        from daco.methods import SAESteering
+        from daco.steer import steer
+
+        method = SAESteering(self, gamma=gamma, eta=eta, layers=layers, on_empty=on_empty)
+        return steer(
+            model,
+            method,
+            scope=scope or self.defaults["scope"],
+            on_empty=on_empty,
+            base_model_ok=base_model_ok,
+        )
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        gamma: float | None = None,
+        eta: float | None = None,
+        layers: list[int] | None = None,
+        scope: str | None = None,
+        on_empty: str = "raise",
+        base_model_ok: bool = False,
+    ) -> "Run":
+        """As `steer`, but until `remove()` is called on the returned handle: for servers."""
+        from daco.methods import SAESteering
+        from daco.steer import attach
+
+        method = SAESteering(self, gamma=gamma, eta=eta, layers=layers, on_empty=on_empty)
+        return attach(
+            model,
+            method,
+            scope=scope or self.defaults["scope"],
+            on_empty=on_empty,
+            base_model_ok=base_model_ok,
+        )
+
+
+def _check_widths(layers: dict[int, LayerSAE], hidden_size: int) -> None:
+    for layer, found in layers.items():
+        if found.sae.d_model != hidden_size:
+            raise FormatError(
+                f"layer {layer}: expected SAE width {hidden_size} (config.json's base model), got {found.sae.d_model}"
+            )
