@@ -31,7 +31,8 @@ class CorpusConfig:
     """Where caption-image pairs come from."""
 
     kind: str = "folder"
-    """`folder` (image.ext + image.txt), `table` (TSV, CSV or parquet), `coco` (captions JSON), `dataset` (a `datasets` data set) or `drawn` (procedural)."""
+    """`folder` (image.ext + image.txt), `table` (TSV, CSV or parquet), `coco` (captions JSON), `dataset`
+    (a `datasets` data set) or `drawn` (procedural)."""
     path: str = ""
     """Folder, file or data set id, by kind."""
     images: str = ""
@@ -143,7 +144,7 @@ class PolarityConfig:
     """Labels of concepts."""
 
     path: str = ""
-    """TSV: concept, polarity (overrides what the concepts' table says); default: `recipes/polarity_words.tsv`."""
+    """TSV: concept, polarity (overrides the concepts' table); default: `recipes/polarity_words.tsv`."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class ModelConfig:
     name: str = ""
     """Short name in config and repo names, e.g. `qwen2_5_vl_7b`."""
     tiny: str = ""
-    """`llava`, `qwen2_5_vl` or `internvl`: a tiny random model of that class instead of `id`, for trying things out."""
+    """`llava`, `qwen2_5_vl` or `internvl`: a tiny random model of that class instead of `id`, for a try."""
     dtype: str = "float32"
     """dtype of its weights."""
 
@@ -279,7 +280,7 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read a recipe file; `overrides` are `section.field=value`.
 
     Raises:
-        RecipeError: the file is missing or no TOML, or has an unknown section or field, or a value of the wrong type.
+        RecipeError: the file is missing or no TOML; an unknown section or field; a value of the wrong type.
     """
     try:
         sections: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Every error DACO raises on purpose; a class says when, and derives from the builtin a caller would expect."""
+"""Every error DACO raises on purpose; a class says when, and derives from a builtin a caller would expect."""
 
 
 class DacoError(Exception):

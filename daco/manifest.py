@@ -1,4 +1,4 @@
-"""The manifest of a release folder: written last, so that it means "complete"; one `validate` for writer and reader.
+"""The manifest of a release folder: written last, it means "complete"; one `validate` for writer and reader.
 
 Reads and writes `manifest.json`; hashes the files beside it.
 """
@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPLIT = re.compile(r"\w+")
-_KEYS: dict[str, type | tuple[type, ...]] = {
+_KEYS: dict[str, type] = {
     "format_version": str,
     "kind": str,
     "name": str,
@@ -34,7 +34,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
     "facts": dict,
 }
-_DATASET_KEYS: dict[str, type | tuple[type, ...]] = {"configs": dict, "models": dict}
+_DATASET_KEYS: dict[str, type] = {"configs": dict, "models": dict}
 
 
 def canonical_json(value: Any) -> str:
@@ -43,7 +43,7 @@ def canonical_json(value: Any) -> str:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `content` to `path` so that a reader sees all of it or nothing (temporary file, fsync, rename)."""
+    """Write `content` to `path` so that a reader sees all or nothing (temporary file, fsync, rename)."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
@@ -80,11 +80,11 @@ def check_format_version(version: object, where: str = MANIFEST) -> None:
     """
     if not isinstance(version, str) or not _VERSION.fullmatch(version):
         raise FormatError(
-            f"{where}: expected format_version like {FORMAT_VERSION!r}, got {version!r}; is this a DACO release?"
+            f"{where}: expected format_version like {FORMAT_VERSION!r}, got {version!r}; no DACO release?"
         )
     if int(version.split(".")[0]) > int(FORMAT_VERSION.split(".")[0]):
         raise FormatTooNewError(
-            f"{where}: format {version} is newer than the {FORMAT_VERSION} this daco reads; run `pip install --upgrade daco`"
+            f"{where}: format {version} is newer than this daco's {FORMAT_VERSION}; run `pip install --upgrade daco`"
         )
 
 
@@ -111,9 +111,9 @@ def _broken_keys(manifest: Mapping[str, Any]) -> list[str]:
     broken = [f"expected key {key!r}, got none" for key in expected if key not in manifest]
     broken += [f"unknown key {key!r}" for key in manifest if key not in expected]
     broken += [
-        f"{key}: expected {kind_.__name__ if isinstance(kind_, type) else kind_}, got {type(manifest[key]).__name__}"
-        for key, kind_ in expected.items()
-        if key in manifest and not isinstance(manifest[key], kind_)
+        f"{key}: expected {wanted.__name__}, got {type(manifest[key]).__name__}"
+        for key, wanted in expected.items()
+        if key in manifest and not isinstance(manifest[key], wanted)
     ]
     if kind not in ("dataset", "model"):
         broken.append(f"kind: expected 'dataset' or 'model', got {kind!r}")
@@ -215,7 +215,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Re-hash every file of a release folder against its manifest.
 
     Raises:
-        IntegrityError: the first file that is missing, truncated or altered, or files the manifest does not know.
+        IntegrityError: a file is missing, truncated or altered, or not in the manifest.
     """
     for name, entry in manifest["files"].items():
         check_file(folder / name, entry, name)

@@ -5,7 +5,6 @@ The weights are in the layout of SAELens 6 and load there as they lie.
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +157,7 @@ def read_layer(snapshot: Snapshot, layer: int, dtype: torch.dtype, device: str |
     activation = {value: key for key, value in _ARCHITECTURES.items()}.get(cfg["architecture"])
     if activation is None:
         raise FormatError(
-            f"{folder}/cfg.json: expected architecture {[*_ARCHITECTURES.values()]}, got {cfg['architecture']!r}"
+            f"{folder}/cfg.json: expected {[*_ARCHITECTURES.values()]}, got {cfg['architecture']!r}"
         )
     sae = SAE(**tensors, activation=activation, k=cfg.get("k")).requires_grad_(False)
     atoms = read_table(snapshot.path(f"{folder}/atoms.parquet"), ATOMS).to_pandas()
@@ -183,7 +182,7 @@ def _check_binding(path: Path, weights_sha256: str) -> None:
         bound = (file.metadata() or {}).get("sae_weights_sha256")
     if bound != weights_sha256:
         raise FormatError(
-            f"{path.name}: expected it made from weights {weights_sha256}, got {bound}; build the release again"
+            f"{path.name}: expected it made from weights {weights_sha256}, got {bound}; build it again"
         )
 
 
@@ -194,19 +193,7 @@ def _check_atoms(atoms: pd.DataFrame, n_atoms: int, layer: int) -> None:
         raise FormatError(f"layer {layer}: expected polarity among {POLARITIES}, got {sorted(unknown)}")
 
 
-def root_config(
-    model: ModelFacts, layers: list[int], dictionary: dict[str, Any], activation: str, training: dict[str, Any],
-    steering: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """The root `config.json` of a model release, validated."""
-    config = {
-        "format_version": FORMAT_VERSION,
-        "base_model": asdict(model),
-        "layers": layers,
-        "dictionary": dictionary,
-        "activation": activation,
-        "training": training,
-        "steering": steering,
-    }
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Validate a model release's root config and write it to `folder/config.json`."""
     validate_config(config)
-    return config
+    write_atomic(folder / "config.json", canonical_json(config))

@@ -1,4 +1,4 @@
-"""The steering SAEs of a model release: loaded from a Hub repo or a folder, applied to the model they were made for."""
+"""The steering SAEs of a model release: loaded from a Hub repo or a folder, applied to their base model."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -166,5 +166,5 @@ def _check_widths(layers: dict[int, LayerSAE], hidden_size: int) -> None:
     for layer, found in layers.items():
         if found.sae.d_model != hidden_size:
             raise FormatError(
-                f"layer {layer}: expected SAE width {hidden_size} (config.json's base model), got {found.sae.d_model}"
+                f"layer {layer}: expected SAE width {hidden_size} (the base model's), got {found.sae.d_model}"
             )

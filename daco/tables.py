@@ -35,7 +35,7 @@ LINKS = pa.schema(
         ("sim_text", pa.float32()),
     ]
 )
-"""One row per concept and stimulus; role is `positive` or `negative`, rank counts from 0 within concept and role."""
+"""One row per concept and stimulus; role is `positive` or `negative`, rank counts from 0 within both."""
 
 CONCEPTS = pa.schema(
     [
@@ -70,7 +70,7 @@ ATOMS = pa.schema(
 POLARITIES = ("desirable", "undesirable", "neutral")
 
 MAX_VECTOR_ROWS = 25_000
-"""Rows of a row group of a table with vectors: keeps groups under 100 MB, so that streaming starts at once."""
+"""Rows of a row group of a table with vectors: keeps groups under 100 MB, so that streaming starts soon."""
 
 
 def directions_schema(d_model: int) -> pa.Schema:
@@ -114,7 +114,7 @@ def table_of(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """Read a parquet file; with a schema, check that its columns are there with their types, and return those first.
+    """Read a parquet file; with a schema, check that its columns are there with their types.
 
     Raises:
         IntegrityError: the file is no parquet (truncated or altered).
