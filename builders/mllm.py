@@ -1,0 +1,100 @@
+"""Loads a multimodal model with its processor, and renders caption-image pairs as chat prompts for it.
+
+Reads models from the Hub or a folder; writes nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from builders.vision import ensure_torchvision
+
+READINGS = ("last", "caption_last", "caption_mean")
+
+
+def load_mllm(id_or_folder: str, revision: str | None = None, dtype: str = "float32") -> tuple[Any, Any]:
+    """Load an image-text-to-text model (eval mode) and its processor; code from the repo is never run.
+
+    Args:
+        id_or_folder: Hub id, or a folder that `save_pretrained` wrote.
+        revision: commit, tag or branch of a Hub id; empty or None: the default branch.
+        dtype: of the weights, a torch name such as `float32` or `bfloat16`.
+    """
+    ensure_torchvision()
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    where: dict[str, Any] = {"revision": revision} if revision else {}
+    model = AutoModelForImageTextToText.from_pretrained(id_or_folder, dtype=getattr(torch, dtype), **where)
+    return model.eval(), AutoProcessor.from_pretrained(id_or_folder, **where)
+
+
+def user_turn(caption: str, image: Image | None = None) -> list[dict[str, Any]]:
+    """One stimulus as a conversation of one user turn: the image, if any, then the caption."""
+    picture = [] if image is None else [{"type": "image"}]
+    return [{"role": "user", "content": [*picture, {"type": "text", "text": caption}]}]
+
+
+def chat_inputs(processor: Any, captions: Sequence[str], images: Sequence[Image] | None = None) -> Any:
+    """Render one user turn a row, ending in the generation prompt, as a left-padded batch of model inputs.
+
+    Args:
+        processor: of an image-text-to-text model, with a chat template.
+        captions: one text a row.
+        images: one image a row, or None for text alone.
+
+    Returns:
+        What `model(**inputs)` takes: input_ids and attention_mask `[batch, tokens]`, and the pixels. The last token of
+        every row is the last of its prompt.
+    """
+    rows = [None] * len(captions) if images is None else images
+    texts = [
+        _render(processor, user_turn(caption, image)) for caption, image in zip(captions, rows, strict=True)
+    ]
+    pictures = None if images is None else [[image.convert("RGB")] for image in images]
+    processor.tokenizer.padding_side = "left"
+    return processor(images=pictures, text=texts, padding=True, return_tensors="pt", padding_side="left")
+
+
+def reading_weights(processor: Any, inputs: Any, captions: Sequence[str], reading: str = "last") -> Tensor:
+    """Where a row's contrastive reading is taken, as weights over its tokens.
+
+    Args:
+        processor: the one that made `inputs`.
+        inputs: of `chat_inputs(processor, captions, ...)`.
+        captions: the same captions.
+        reading: `last` (the prompt's last token), `caption_last` or `caption_mean`.
+
+    Returns:
+        float32 `[batch, tokens]`, rows sum to 1; the reading is `(weights[..., None] * z).sum(1)`.
+
+    Raises:
+        ValueError: another reading, or a caption without a token.
+    """
+    if reading not in READINGS:
+        raise ValueError(f"reading: expected one of {READINGS}, got {reading!r}")
+    weights = torch.zeros(inputs["input_ids"].shape)
+    for row, caption in enumerate(captions):
+        weights[row, _positions(processor, caption, reading)] = 1.0
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _positions(processor: Any, caption: str, reading: str) -> list[int]:
+    """Positions of a reading, counted from the end (negative), which left padding and image tokens do not move."""
+    if reading == "last":
+        return [-1]
+    text = _render(processor, user_turn(caption))
+    start = text.rfind(caption.strip())
+    if start < 0 or not caption.strip():
+        raise ValueError(f"expected the caption {caption!r} in its prompt, got {text!r}")
+    tail = processor.tokenizer(text[start:], add_special_tokens=False, return_offsets_mapping=True)
+    ends = len(caption.strip())
+    offsets = tail["offset_mapping"]
+    inside = [i - len(offsets) for i, (first, last) in enumerate(offsets) if first < ends and last > first]
+    return inside[-1:] if reading == "caption_last" else inside
+
+
+def _render(processor: Any, messages: list[dict[str, Any]]) -> str:
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
