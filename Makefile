@@ -1,0 +1,45 @@
+# make demo | test | lint | test-interop | wheel: each makes the virtual environment it needs when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format test-interop wheel clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m hub.demo --out runs/demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-interop: $(VENV)/.ready .venv-saelens/.ready
+	SAELENS_PYTHON=.venv-saelens/bin/python $(BIN)/python -m pytest tests/test_interop.py
+
+wheel: $(VENV)/.ready
+	$(BIN)/python tests/check_wheel.py
+
+clean:
+	rm -rf $(VENV) .venv-saelens runs dist
+
+# torchvision's wheel asks for the exact torch it was built with, CUDA and all; without its dependencies it
+# takes the torch that is there.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) --upgrade "pip>=25.1"
+	$(BIN)/python $(PIP) --constraint constraints.txt --editable . --group dev
+	$(BIN)/python $(PIP) --constraint constraints.txt --no-deps torchvision
+	touch $@
+
+.venv-saelens/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-saelens
+	.venv-saelens/bin/python $(PIP) "$$(grep '^torch==' constraints.txt)" sae-lens==6.54.0
+	touch $@

@@ -1,0 +1,75 @@
+"""Command line of the workshop: `python -m builders run RECIPE --out DIR`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from builders.pipeline import run as run_pipeline
+from builders.pipeline import stage_names
+from builders.recipe import load_recipe
+from builders.stages import DONE, done
+from daco.errors import DacoError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe file (TOML).")]
+Out = Annotated[Path, typer.Option(help="Run folder; running again resumes.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    out: Out,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Run the stages of a recipe that are not done yet."""
+    worked = run_pipeline(load_recipe(recipe, overrides or ()), out, only, until)
+    print("ran: " + ", ".join(worked) if worked else "nothing to do: every stage is done")
+    print_status(out)
+
+
+@app.command()
+def status(out: Out) -> None:
+    """Show which stages of a run folder are done, and their counts."""
+    print_status(out)
+
+
+@app.command()
+def stages() -> None:
+    """List the stages in order."""
+    print("\n".join(stage_names()))
+
+
+def print_status(out: Path) -> None:
+    """Print one line a stage: rows in, rows out, and what was skipped why."""
+    for name in stage_names():
+        if not (out / name / DONE).is_file():
+            print(f"{name:<12} not done")
+            continue
+        counts = done(out, name)["counts"]
+        skipped = ", ".join(
+            f"{count} {reason}" for reason, count in sorted(counts["skipped"].items()) if count
+        )
+        print(
+            f"{name:<12} {counts['in']:>8} in {counts['out']:>8} out"
+            + (f"   skipped: {skipped}" if skipped else "")
+        )
+
+
+def main() -> int:
+    """Run the command line; our own errors end it with one line and exit code 1."""
+    try:
+        app()
+    except DacoError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The pipeline: the stages in order, what each reads, and a runner that skips what is already done.
+
+Reads a recipe; writes one folder a stage into the run folder, and `release/` last.
+"""
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from builders.recipe import LOCAL_FIELDS, Recipe
+from builders.stages import Work, done, fingerprint, seal_sha256
+from daco.errors import RecipeError
+from daco.manifest import sha256_file
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the module whose `run` does it, the recipe sections and the stages it reads."""
+
+    name: str
+    module: str
+    sections: tuple[str, ...]
+    upstream: tuple[str, ...]
+
+
+STAGES = (
+    Stage("corpus", "corpus", ("corpus",), ()),
+    Stage("concepts", "vocabulary", ("concepts",), ("corpus",)),
+    Stage("clip", "clip", ("clip",), ("corpus",)),
+    Stage("embeddings", "embeddings", ("clip", "embeddings"), ("corpus", "clip")),
+    Stage("stimuli", "stimuli", ("clip", "stimuli"), ("concepts", "clip", "embeddings")),
+    Stage("polarity", "polarity", ("concepts", "polarity"), ("concepts", "stimuli")),
+    Stage("activations", "activations", ("model", "activations"), ("corpus", "stimuli")),
+    Stage("directions", "directions", ("activations",), ("stimuli", "polarity", "activations")),
+    Stage("sae", "train_sae", ("activations", "sae"), ("activations", "directions")),
+    Stage("atoms", "atoms", ("sae", "atoms"), ("polarity", "activations", "directions", "sae")),
+    Stage(
+        "evaluate",
+        "evaluate",
+        ("model", "activations", "sae", "atoms", "evaluate"),
+        ("sae", "atoms", "directions"),
+    ),
+    Stage("release", "release", tuple(f.name for f in dataclasses.fields(Recipe)), ("evaluate",)),
+)
+
+
+def stage_names() -> list[str]:
+    """Names of all stages, in order."""
+    return [stage.name for stage in STAGES]
+
+
+def run(recipe: Recipe, out: Path, only: str | None = None, until: str | None = None) -> list[str]:
+    """Run the stages of a recipe that are not done yet; running again resumes.
+
+    Args:
+        recipe: The recipe.
+        out: The run folder; made when missing.
+        only: Run this stage alone; the stages it reads must be done.
+        until: Stop after this stage.
+
+    Returns:
+        Names of the stages that did any work.
+
+    Raises:
+        RecipeError: an unknown stage was named, or another process works in the same folder.
+    """
+    chosen = _choose(only, until)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(recipe.run.threads)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            return [stage.name for stage in chosen if _run_stage(stage, recipe, out)]
+    except Timeout as error:
+        raise RecipeError(
+            f"{out}: another process is at work in this folder; wait for it, or use another"
+        ) from error
+
+
+def _choose(only: str | None, until: str | None) -> list[Stage]:
+    names = stage_names()
+    for name in (only, until):
+        if name is not None and name not in names:
+            raise RecipeError(f"expected a stage among {names}, got {name!r}")
+    if only is not None:
+        return [stage for stage in STAGES if stage.name == only]
+    return list(STAGES[: names.index(until) + 1] if until else STAGES)
+
+
+def _run_stage(stage: Stage, recipe: Recipe, out: Path) -> bool:
+    work = Work(recipe, out, stage.name)
+    for needed in stage.upstream:
+        work.upstream(needed)
+    seals = {needed: seal_sha256(out, needed) for needed in stage.upstream}
+    if not work.open(fingerprint(stage.name, _sections(stage, recipe), seals)):
+        return False
+    importlib.import_module(f"builders.{stage.module}").run(work)
+    done(out, stage.name)
+    return True
+
+
+def _sections(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """The sections a stage depends on; a local file counts by its content, not by its place."""
+    facts = {name: dataclasses.asdict(getattr(recipe, name)) for name in ("run", *stage.sections)}
+    for section, field in LOCAL_FIELDS:
+        if section in facts and Path(facts[section][field]).is_file():
+            facts[section][field] = sha256_file(Path(facts[section][field]))
+    return facts
