@@ -177,6 +177,8 @@ class ActivationsConfig:
     """Stimuli a shard."""
     max_norm: float = 10.0
     """Tokens whose norm is over this multiple of the shard's median are masked and counted."""
+    tokens_per_stimulus: int = 0
+    """Unmasked tokens of a stimulus kept for the SAE, drawn by (seed, stimulus); 0 = all."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ class SaeConfig:
     """Steps between measurements."""
     checkpoint_steps: int = 100
     """Steps between checkpoints."""
+    eval_tokens: int = 16_384
+    """Held-out tokens of a measurement while training goes on, at most; 0 = all. The last one takes all."""
 
 
 @dataclass(frozen=True)
