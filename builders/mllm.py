@@ -46,8 +46,8 @@ def chat_inputs(processor: Any, captions: Sequence[str], images: Sequence[Image]
         images: one image a row, or None for text alone.
 
     Returns:
-        What `model(**inputs)` takes: input_ids and attention_mask `[batch, tokens]`, and the pixels. The last token of
-        every row is the last of its prompt.
+        What `model(**inputs)` takes: input_ids and attention_mask `[batch, tokens]`, and the pixels. The last
+        token of every row is the last of its prompt.
     """
     rows = [None] * len(captions) if images is None else images
     texts = [
@@ -82,7 +82,7 @@ def reading_weights(processor: Any, inputs: Any, captions: Sequence[str], readin
 
 
 def _positions(processor: Any, caption: str, reading: str) -> list[int]:
-    """Positions of a reading, counted from the end (negative), which left padding and image tokens do not move."""
+    """Positions of a reading, counted from the end: left padding and image tokens do not move these."""
     if reading == "last":
         return [-1]
     text = _render(processor, user_turn(caption))

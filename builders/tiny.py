@@ -1,7 +1,7 @@
-"""Tiny random multimodal models of real transformers classes, for trying things out and for tests; writes nothing.
+"""Tiny random multimodal models of real transformers classes, to try things out and to test; writes nothing.
 
-The classes, the processors and the chat format are the real ones, so whatever works here meets the same shapes, token
-layouts and hooks as at 7B. The weights are random: such a model can be read and steered, but it says nothing.
+Classes, processors and chat format are the real ones, so whatever works here meets the same shapes, token layouts
+and hooks as at 7B. The weights are random: such a model can be read and steered, but says nothing.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from builders.vision import ensure_torchvision
 KINDS = ("llava", "qwen2_5_vl", "internvl")
 
 IMAGE_SIZE = 32
-"""Side of the square the LLaVA and InternVL towers see, in pixels; Qwen keeps the aspect, between 32^2 and 64^2 pixels."""
+"""Side in pixels of the square that LLaVA and InternVL see; Qwen keeps the aspect, 32^2 to 64^2 pixels."""
 
 PATCH_SIZE = 8
 

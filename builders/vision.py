@@ -1,7 +1,8 @@
 """Makes torchvision importable beside a CPU torch; reads and writes nothing.
 
-Qwen-VL's and InternVL's processors import torchvision. A wheel built for CUDA cannot load its C++ operators beside a
-CPU torch, and then its import fails where it registers shape rules for `nms`, although image resizing needs none of them.
+Qwen-VL's and InternVL's processors import torchvision. A wheel built for CUDA cannot load its C++ operators
+beside a CPU torch, and then its import fails where it registers shape rules for `nms`, although resizing
+images needs none of them.
 """
 
 import importlib.util

@@ -84,7 +84,7 @@ def check_format_version(version: object, where: str = MANIFEST) -> None:
         )
     if int(version.split(".")[0]) > int(FORMAT_VERSION.split(".")[0]):
         raise FormatTooNewError(
-            f"{where}: format {version} is newer than this daco's {FORMAT_VERSION}; `pip install --upgrade daco`"
+            f"{where}: format {version} is newer than our {FORMAT_VERSION}; run `pip install --upgrade daco`"
         )
 
 
