@@ -1,0 +1,342 @@
+"""The plain facts a card needs, from a release folder; what is unknown is empty, and its section is dropped.
+
+Reads `manifest.json`, the tables and, of a model, `config.json`, `evaluation.json` and the layers' files.
+
+Names and permissions come from the manifest's `recipe.release` (org, dataset, model, licence, contact); its
+`facts` override them with the same keys, and may add `repo_id`, `pretty_name` and `limits` (texts).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors import safe_open
+
+from builders.pipeline import stage_names
+from cards.escape import one_line
+from daco.errors import FormatError
+from daco.manifest import read_manifest
+from daco.tables import POLARITIES
+
+CARD = "README.md"
+
+CONFIG_NOTES = {
+    "stimuli": "one row per unique caption-image pair",
+    "links": "one row per concept and stimulus: positives with their rank and distance, negatives",
+    "concepts": "one row per concept, in dictionary order",
+    "directions": "one row per concept, one split per layer: the concept's raw direction",
+}
+"""What a row of each config is; `directions_<model>` share one note."""
+
+BASE_KEYS = ("id", "revision", "model_type", "hidden_size", "n_layers")
+"""What is said of a model, in a manifest's `models` and a config's `base_model`."""
+
+SAMPLES = 3
+"""Example concepts of each polarity, and example atoms of each layer and polarity."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+)
+
+
+def card_facts(folder: Path) -> dict[str, Any]:
+    """All facts for the card of a release folder, with the card's YAML `metadata`.
+
+    Raises:
+        IntegrityError: a file is missing or unreadable.
+        FormatError: the manifest or config breaks the format.
+    """
+    manifest = read_manifest(folder)
+    facts = _common(folder, manifest)
+    return facts | (_dataset if manifest["kind"] == "dataset" else _model)(folder, manifest, facts)
+
+
+def repo_id(manifest: Mapping[str, Any]) -> str:
+    """The repo that the manifest says the release is for, `org/name`; empty when it does not say."""
+    release = _release(manifest)
+    name = release.get(manifest["kind"]) or manifest["name"]
+    found = release.get("repo_id") or f"{release.get('org', '')}/{name}"
+    return str(found) if is_hub_id(found) else ""
+
+
+def is_hub_id(text: object) -> bool:
+    """Whether a text can be the id of a repo on a Hub, `org/name`."""
+    return isinstance(text, str) and _HUB_ID.fullmatch(text) is not None
+
+
+def _release(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {**manifest["recipe"].get("release", {}), **manifest["facts"]}
+
+
+def _common(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    release = _release(manifest)
+    return {
+        "kind": manifest["kind"],
+        "name": one_line(release.get("pretty_name") or manifest["name"]),
+        "repo_id": repo_id(manifest),
+        "tag": f"v{manifest['version']}",
+        "format_version": manifest["format_version"],
+        "licence": str(release.get("licence", "")),
+        "contact": release.get("contact", ""),
+        "limits": list(release.get("limits", ())),
+        "files": [
+            _file(folder, path, entry) for path, entry in sorted(manifest["files"].items()) if path != CARD
+        ],
+        "counts": _counts(manifest["counts"]),
+        "sources": manifest["sources"],
+        "seeds": manifest["seeds"],
+        "versions": dict(sorted(manifest["versions"].items())),
+    }
+
+
+def _file(folder: Path, path: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    table, tensors = "", {}
+    if path.endswith(".parquet"):
+        facts = pq.read_metadata(folder / path)
+        table = f"{facts.num_rows:,} rows × {len(facts.schema.to_arrow_schema())} columns"
+    elif path.endswith(".safetensors"):
+        tensors = _shapes(folder / path)
+    return {"path": path, "table": table, "tensors": tensors} | {
+        key: entry[key] for key in ("bytes", "sha256")
+    }
+
+
+def _shapes(path: Path) -> dict[str, str]:
+    with safe_open(path, "numpy") as file:
+        return {name: "×".join(map(str, file.get_slice(name).get_shape())) for name in sorted(file.keys())}
+
+
+def _counts(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Counts by stage in the order of the stages, what was skipped written out."""
+    order = {stage: i for i, stage in enumerate(stage_names())}
+    rows = []
+    for stage in sorted(counts, key=lambda stage: (order.get(stage, len(order)), stage)):
+        skipped = counts[stage].get("skipped", {})
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()) if n)
+        rows.append(
+            {
+                "stage": stage,
+                "in": counts[stage].get("in"),
+                "out": counts[stage].get("out"),
+                "skipped": reasons,
+            }
+        )
+    return rows
+
+
+def _dataset(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    configs = [_config(name, manifest["configs"][name]) for name in _config_order(manifest["configs"])]
+    models = [_model_line(name, model) for name, model in sorted(manifest["models"].items())]
+    columns = manifest["configs"].get("stimuli", {}).get("columns", ())
+    return {
+        "configs": configs,
+        "models": models,
+        "has_images": "image" in columns,
+        "polarities": _value_counts(folder, manifest, "concepts", "polarity"),
+        "roles": _value_counts(folder, manifest, "links", "role"),
+        "samples": _sample_concepts(folder, manifest),
+        "metadata": _dataset_metadata(manifest, facts),
+    }
+
+
+def _config_order(configs: Mapping[str, Any]) -> list[str]:
+    """The default config first: the Hub and `datasets` choose a builder by the first one's files."""
+    known = list(CONFIG_NOTES)
+    return sorted(configs, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def _config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    kind = "directions" if name.startswith("directions_") else name
+    return {
+        "name": name,
+        "kind": kind if kind in CONFIG_NOTES else "",
+        "note": CONFIG_NOTES.get(kind, ""),
+        "splits": {split: part["rows"] for split, part in sorted(config["splits"].items(), key=_split_key)},
+        "columns": list(config.get("columns", ())),
+    }
+
+
+def _split_key(item: tuple[str, Any]) -> tuple[int, str]:
+    layer = re.fullmatch(r"layer_(\d+)", item[0])
+    return (int(layer[1]) if layer else -1, item[0])
+
+
+def _model_line(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": name} | {key: model.get(key) for key in (*BASE_KEYS, "layers", "R")}
+
+
+def _config_files(manifest: Mapping[str, Any], config: str) -> list[str]:
+    splits = manifest["configs"].get(config, {}).get("splits", {})
+    return [path for _, part in sorted(splits.items()) for path in part["files"]]
+
+
+def _value_counts(folder: Path, manifest: Mapping[str, Any], config: str, column: str) -> dict[str, int]:
+    """How often each value of a column occurs, read file by file."""
+    total: dict[str, int] = {}
+    for path in _config_files(manifest, config):
+        counted = pc.value_counts(pq.read_table(folder / path, columns=[column])[column])
+        for row in counted.to_pylist():
+            total[row["values"]] = total.get(row["values"], 0) + row["counts"]
+    return dict(sorted(total.items()))
+
+
+def _sample_concepts(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first concepts of each polarity, in dictionary order."""
+    columns = ["concept", "polarity", "definition", "n_positive"]
+    taken: dict[str, list[dict[str, Any]]] = {polarity: [] for polarity in POLARITIES}
+    for path in _config_files(manifest, "concepts"):
+        table = pq.read_table(folder / path, columns=columns)
+        for polarity, rows in taken.items():
+            chosen = table.filter(pc.equal(table["polarity"], polarity)).slice(0, SAMPLES - len(rows))
+            rows.extend(chosen.to_pylist())
+    return [row for rows in taken.values() for row in rows]
+
+
+def _dataset_metadata(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML of a dataset card. No features: those of vectors do not survive YAML, the parquet has them."""
+    configs = []
+    for name in _config_order(manifest["configs"]):
+        splits = sorted(manifest["configs"][name]["splits"].items(), key=_split_key)
+        entry: dict[str, Any] = {"config_name": name}
+        if name == "stimuli":
+            entry["default"] = True
+        entry["data_files"] = [{"split": split, "path": list(part["files"])} for split, part in splits]
+        configs.append(entry)
+    stimuli = manifest["configs"].get("stimuli", {}).get("splits", {})
+    rows = sum(part["rows"] for part in stimuli.values())
+    return {
+        **_licence_metadata(facts["licence"]),
+        "pretty_name": facts["name"],
+        "language": ["en"],
+        "tags": ["daco", "multimodal", "concepts", "activation-steering", "interpretability", "safety"],
+        "size_categories": [next((name for limit, name in _SIZES if rows < limit), "n>10M")],
+        "configs": configs,
+    }
+
+
+def _licence_metadata(licence: str) -> dict[str, str]:
+    """The `license` keys; a name that cannot be an id of the Hub's list goes under `other`."""
+    known = _LICENCE_ID.fullmatch(licence.lower())
+    return (
+        {"license": licence.lower()}
+        if known or not licence
+        else {"license": "other", "license_name": one_line(licence)}
+    )
+
+
+def _model(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    config = _json(folder / "config.json")
+    layers = [_layer(folder, layer) for layer in config.get("layers", ())]
+    evaluation = _json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
+    base = {key: config.get("base_model", {}).get(key) for key in BASE_KEYS}
+    return {
+        "base": base,
+        "base_on_hub": is_hub_id(base["id"]),
+        "dictionary": {key: config.get("dictionary", {}).get(key) for key in ("dataset", "tag")},
+        "activation": config.get("activation", ""),
+        "start": manifest["recipe"].get("sae", {}).get("start", ""),
+        "training": scalars(config.get("training", {})),
+        "steering": scalars(config.get("steering", {})),
+        "layers": layers,
+        "evaluation": tables_of(evaluation),
+        "metadata": _model_metadata(config, facts),
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(
+            f"{path.name}: expected a JSON object, got {error}; write the release again"
+        ) from error
+    if not isinstance(value, dict):
+        raise FormatError(
+            f"{path.name}: expected a JSON object, got {type(value).__name__}; write the release again"
+        )
+    return value
+
+
+def _layer(folder: Path, layer: int) -> dict[str, Any]:
+    atoms = pq.read_table(folder / f"layers.{layer}" / "atoms.parquet")
+    polarity = atoms["polarity"]
+    counted = {name: pc.sum(pc.equal(polarity, name)).as_py() or 0 for name in POLARITIES}
+    dead = pc.sum(pc.equal(atoms["firing_rate"], 0)).as_py() or 0
+    samples = [row for name in ("undesirable", "desirable") for row in _sample_atoms(atoms, name)]
+    return {
+        "layer": layer,
+        "atoms": atoms.num_rows,
+        "polarities": counted,
+        "dead": dead,
+        "R": _R(folder, layer),
+    } | {"samples": samples}
+
+
+def _R(folder: Path, layer: int) -> float:
+    with safe_open(folder / f"layers.{layer}" / "steering.safetensors", "numpy") as file:
+        return float(file.get_tensor("R").reshape(-1)[0])
+
+
+def _sample_atoms(atoms: Any, polarity: str) -> list[dict[str, Any]]:
+    """The atoms of a polarity with the largest cosine to its centroid, ties to the lower atom."""
+    cosine = f"cos_{polarity}"
+    of_polarity = atoms.filter(pc.equal(atoms["polarity"], polarity))
+    top = of_polarity.sort_by([(cosine, "descending"), ("atom", "ascending")]).slice(0, SAMPLES)
+    return [
+        {"atom": row["atom"], "polarity": polarity, "cosine": row[cosine], "firing_rate": row["firing_rate"]}
+        | {"nearest": list(zip(row["nearest_concepts"], row["nearest_cosines"], strict=True))[:SAMPLES]}
+        for row in top.to_pylist()
+    ]
+
+
+def _model_metadata(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    base, dictionary = config.get("base_model", {}).get("id"), config.get("dictionary", {}).get("dataset")
+    metadata: dict[str, Any] = _licence_metadata(facts["licence"])
+    if is_hub_id(base):
+        metadata |= {"base_model": base, "base_model_relation": "adapter"}
+    metadata |= {"library_name": "daco", "pipeline_tag": "image-text-to-text"}
+    if is_hub_id(dictionary):
+        metadata["datasets"] = [dictionary]
+    tags = ["daco", "sparse-autoencoder", "saelens", "activation-steering", "interpretability", "safety"]
+    return metadata | {"tags": tags}
+
+
+def scalars(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested facts as one level of `a.b` keys; lists of scalars are joined, empty ones dropped."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= scalars(item, f"{prefix}{key}.")
+        elif isinstance(item, list):
+            flat |= {f"{prefix}{key}": ", ".join(map(str, item))} if item else {}
+        elif item is not None and item != "":
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def tables_of(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Evaluation facts as tables: a section of sections has a row for each, others a row for each number."""
+    tables = []
+    loose = {key: value for key, value in evaluation.items() if not isinstance(value, Mapping)}
+    for title, section in [*evaluation.items(), *([("overall", loose)] if scalars(loose) else [])]:
+        if not isinstance(section, Mapping) or not section:
+            continue
+        by_row = all(isinstance(row, Mapping) for row in section.values())
+        rows = (
+            {k: scalars(v) for k, v in section.items()}
+            if by_row
+            else {k: {"value": v} for k, v in scalars(section).items()}
+        )
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        tables.append({"title": title, "columns": columns, "rows": rows})
+    return tables
