@@ -1,0 +1,140 @@
+"""Token activations on disk: what a shard keeps, and how the SAE's stages read it.
+
+Writes nothing itself; reads `activations/facts.json` and the stage's shards (`tokens.safetensors`: `tokens`
+[t, n_layers, d_model], `norms` [t, n_layers], `n_tokens` [stimuli]; `ids.json`).
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from daco.errors import ActivationError
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """`facts.json` of the stage: `model` (ModelFacts), `layers`, `tokens` (counts)."""
+    return dict(json.loads((folder / "facts.json").read_text("utf-8")))
+
+
+def held_out(stimulus_id: str, share: float) -> bool:
+    """Whether the tokens of a stimulus are kept out of SAE training; a function of its id alone."""
+    digest = hashlib.sha256(f"sae holdout\0{stimulus_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+class TokenShards:
+    """Tokens of one layer in finished shards, memory-mapped; of training or of held-out stimuli only.
+
+    Args:
+        shards: The shard folders, in order.
+        position: Position of the layer among the stage's layers.
+        holdout: Share of stimuli that is held out.
+        held: Take the held-out stimuli, else the others.
+    """
+
+    def __init__(self, shards: Sequence[Path], position: int, holdout: float, held: bool) -> None:
+        self.position = position
+        self.shards = [load_file(shard / "tokens.safetensors")["tokens"] for shard in shards]
+        self.d_model = self.shards[0].shape[-1] if self.shards else 0
+        spans = [_spans(shard, number, holdout, held) for number, shard in enumerate(shards)]
+        self.spans = np.concatenate([*spans, np.empty((0, 3), np.int64)])
+        self.ends = self.spans[:, 2].cumsum()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def rows(self, index: np.ndarray) -> Tensor:
+        """The tokens of these numbers `[n]`, as `[n, d_model]` float32."""
+        span = np.searchsorted(self.ends, index, side="right")
+        shard, first, length = self.spans[span].T
+        row = first + index - (self.ends[span] - length)
+        out = torch.empty(len(index), self.d_model)
+        for number in np.unique(shard):
+            here = torch.from_numpy(np.flatnonzero(shard == number))
+            out[here] = self.shards[number][torch.from_numpy(row)[here], self.position].float()
+        return out
+
+    def blocks(self, size: int) -> Iterator[Tensor]:
+        """All tokens in order, at most `size` at a time, `[n, d_model]` float32."""
+        for start in range(0, len(self), size):
+            yield self.rows(np.arange(start, min(start + size, len(self))))
+
+
+def _spans(shard: Path, number: int, holdout: float, held: bool) -> np.ndarray:
+    """Rows (shard, first token, tokens) of the wanted stimuli of a shard."""
+    with safe_open(shard / "tokens.safetensors", "np") as file:
+        lengths = file.get_tensor("n_tokens")
+    first = lengths.cumsum() - lengths
+    ids = json.loads((shard / "ids.json").read_text("utf-8"))
+    wanted = np.array([held_out(i, holdout) is held for i in ids], dtype=bool)
+    return np.stack([np.full(len(ids), number), first, lengths], axis=1)[wanted & (lengths > 0)]
+
+
+def median_norms(shards: Sequence[Path], n_layers: int, holdout: float) -> list[float]:
+    """R of each layer: the median norm of unmasked training tokens.
+
+    Raises:
+        ActivationError: there are none.
+    """
+    kept = []
+    for number, shard in enumerate(shards):
+        with safe_open(shard / "tokens.safetensors", "np") as file:
+            norms = file.get_tensor("norms")
+        kept += [norms[first : first + n] for _, first, n in _spans(shard, number, holdout, held=False)]
+    if not kept:
+        raise ActivationError("expected training tokens, got none; lower sae.holdout or add stimuli")
+    return [float(np.median(np.concatenate([norms[:, i] for norms in kept]))) for i in range(n_layers)]
+
+
+def keep_tokens(
+    ids: Sequence[str], tokens: Sequence[Tensor], max_norm: float, at_most: int = 0, seed: int = 0
+) -> tuple[dict[str, Tensor], Counter[str]]:
+    """Drop norm outliers of a shard and draw at most so many tokens a stimulus.
+
+    Args:
+        ids: One a stimulus.
+        tokens: One a stimulus, [tokens, n_layers, d_model].
+        max_norm: A token goes where, at any layer, its norm is over this multiple of the shard's median.
+        at_most: Tokens kept a stimulus; 0 = all.
+        seed: With the stimulus's id, draws them.
+
+    Returns:
+        `tokens` [t, n_layers, d_model] in the order of stimuli, `norms` [t, n_layers] float32 and `n_tokens`
+        [stimuli]; and how many were left out, by reason.
+    """
+    norms = [z.float().norm(dim=-1) for z in tokens]
+    limit = max_norm * _median(torch.cat(norms))
+    inside = [(n <= limit).all(-1).nonzero().flatten() for n in norms]
+    kept = [_draw(rows, at_most, seed, i) for i, rows in zip(ids, inside, strict=True)]
+    left_out = Counter(
+        norm_outlier=sum(map(len, tokens)) - sum(map(len, inside)),
+        not_drawn=sum(map(len, inside)) - sum(map(len, kept)),
+    )
+    tensors = {
+        "tokens": torch.cat([z[rows] for z, rows in zip(tokens, kept, strict=True)]),
+        "norms": torch.cat([n[rows] for n, rows in zip(norms, kept, strict=True)]),
+        "n_tokens": torch.tensor([len(rows) for rows in kept]),
+    }
+    return tensors, left_out
+
+
+def _median(norms: Tensor) -> Tensor:
+    """Median over tokens, [n_layers]; of no tokens, zero."""
+    return norms.median(0).values if len(norms) else torch.zeros(norms.shape[-1])
+
+
+def _draw(rows: Tensor, at_most: int, seed: int, stimulus_id: str) -> Tensor:
+    if not at_most or len(rows) <= at_most:
+        return rows
+    digest = hashlib.sha256(f"tokens\0{seed}\0{stimulus_id}".encode()).digest()
+    chosen = np.random.default_rng(int.from_bytes(digest, "big")).choice(len(rows), at_most, replace=False)
+    return rows[torch.from_numpy(np.sort(chosen))]

@@ -1,0 +1,114 @@
+"""Small finished stages for the tests of later ones: made-up activations, directions and links."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from builders.recipe import Recipe, recipe_of
+from builders.stages import Work, fingerprint
+from builders.tokens import keep_tokens
+from daco.manifest import canonical_json
+
+D_MODEL, LAYERS, N_CONCEPTS = 32, (1, 2), 11
+
+
+class Killed(RuntimeError):
+    """Stands for a kill of the process."""
+
+
+class KilledWork(Work):
+    """A stage that dies before item number `at` of its progress bars, counted over all of them."""
+
+    at = 0
+
+    def progress(self, items: Iterable, total: int | None = None, unit: str = "it") -> Iterable:
+        for item in items:
+            if self.at == 0:
+                raise Killed(f"before {item}")
+            self.at -= 1
+            yield item
+
+
+def opened(recipe: Recipe, out: Path, stage: str, killed_at: int | None = None) -> Work:
+    """Work of a stage, its folder made ready as the pipeline does."""
+    work = Work(recipe, out, stage) if killed_at is None else KilledWork(recipe, out, stage)
+    if killed_at is not None:
+        work.at = killed_at
+    out.mkdir(parents=True, exist_ok=True)
+    assert work.open(fingerprint(stage, {}, {}))
+    return work
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def small_recipe(**sections: dict) -> Recipe:
+    """A recipe whose activations are at LAYERS."""
+    base = {"model": {"tiny": "llava", "name": "toy"}, "activations": {"layers": list(LAYERS)}}
+    return recipe_of({name: base.get(name, {}) | sections.get(name, {}) for name in {*base, *sections}})
+
+
+def stimulus_ids(n: int) -> list[str]:
+    return [hashlib.sha256(f"small{i}".encode()).hexdigest()[:16] for i in range(n)]
+
+
+def dictionary(seed: int = 3) -> dict[str, torch.Tensor]:
+    """Raw directions of every layer, with norms far from 1."""
+    draw = torch.Generator().manual_seed(seed)
+    return {f"layer_{layer}": 5 * torch.randn(N_CONCEPTS, D_MODEL, generator=draw) for layer in LAYERS}
+
+
+def write_activations(out: Path, n_stimuli: int = 23, shard: int = 9, seed: int = 5) -> None:
+    """Tokens that are sparse sums of the dictionary's directions, about a mean, with noise."""
+    directions = torch.stack([*dictionary().values()], dim=1)  # [n_concepts, n_layers, d_model]
+    draw = np.random.default_rng(seed)
+    ids = stimulus_ids(n_stimuli)
+    work = opened(small_recipe(), out, "activations")
+    for number, start in enumerate(range(0, n_stimuli, shard)):
+        part = ids[start : start + shard]
+        tokens = [_tokens(directions, draw) for _ in part]
+        with work.shard(f"{number:05d}") as folder:
+            save_file(keep_tokens(part, tokens, max_norm=100.0)[0], folder / "tokens.safetensors")
+            readings = torch.stack([z[-1] for z in tokens])
+            save_file({"readings": readings}, folder / "readings.safetensors")
+            (folder / "ids.json").write_text(json.dumps(part))
+    facts = {"model": model_facts(), "layers": list(LAYERS), "tokens": {"in": 0, "out": 0, "skipped": {}}}
+    (work.folder / "facts.json").write_text(canonical_json(facts))
+    work.finish({"in": n_stimuli, "out": n_stimuli, "skipped": {}})
+
+
+def _tokens(directions: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:
+    n = int(draw.integers(5, 14))
+    code = draw.gamma(2.0, size=(n, N_CONCEPTS)) * (draw.random((n, N_CONCEPTS)) < 0.25)
+    noise = draw.normal(scale=0.3, size=(n, *directions.shape[1:]))
+    return (
+        torch.einsum("nc,cld->nld", torch.from_numpy(code).float(), directions)
+        + torch.from_numpy(noise + 4).float()
+    )
+
+
+def model_facts() -> dict:
+    return {"id": "", "revision": "", "model_type": "llava", "hidden_size": D_MODEL, "n_layers": 4}
+
+
+def write_directions(out: Path) -> None:
+    """The dictionary as the directions stage leaves it."""
+    work = opened(small_recipe(), out, "directions")
+    save_file(dictionary(), work.folder / "directions.safetensors")
+    facts = {
+        "model": model_facts(),
+        "layers": list(LAYERS),
+        "R": {str(layer): 10.0 + layer for layer in LAYERS},
+        "n_positive": [4] * N_CONCEPTS,
+        "n_negative": [4] * N_CONCEPTS,
+    }
+    (work.folder / "facts.json").write_text(canonical_json(facts))
+    work.finish({"in": 8 * N_CONCEPTS, "out": 8 * N_CONCEPTS, "skipped": {}})
