@@ -320,6 +320,18 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
+def repo_id(recipe: Recipe, kind: str) -> str:
+    """`org/name` of the dataset or model repo that a recipe publishes to."""
+    release = recipe.release
+    name = release.dataset if kind == "dataset" else release.model or f"daco-sae-{model_name(recipe)}"
+    return f"{release.org}/{name}"
+
+
+def model_name(recipe: Recipe) -> str:
+    """Short name of the model in config and repo names."""
+    return recipe.model.name or recipe.model.tiny or recipe.model.id.rsplit("/", 1)[-1].lower()
+
+
 def _section(name: str, config: type, values: object) -> Any:
     if not isinstance(values, dict):
         raise RecipeError(f"[{name}]: expected a table of fields, got {values!r}")

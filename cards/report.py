@@ -1,0 +1,164 @@
+"""The report page of a run: one HTML file with stimuli, the dictionary, curves and what steering changed.
+
+Reads a finished run folder of `python -m builders run`; returns HTML.
+"""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from safetensors.numpy import load_file
+
+from builders.pipeline import stage_names
+from builders.recipe import Recipe
+from builders.stages import done
+from cards import plots
+from cards.render import TEMPLATES
+
+CONCEPTS_SHOWN = {"undesirable": 4, "desirable": 3, "neutral": 3}
+STIMULI_SHOWN = 6
+ATOMS_SHOWN = 4
+"""Atoms shown of each layer and polarity: the ones with the largest cosine to their centroid."""
+THUMBNAIL = 96
+
+
+def report_html(out: Path, recipe: Recipe, published: dict[str, Any]) -> str:
+    """The report of a run.
+
+    Args:
+        out: The run folder, all stages done.
+        recipe: What it was made from.
+        published: `repos` (repo_id, repo_type, tag, commit, files, bytes of each), `client_code`,
+            `client_output` and `seconds`.
+
+    Returns:
+        A self-contained HTML page; every text from data is escaped.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    layer = recipe.activations.layers[-1]
+    facts = {
+        "title": f"DACO run “{recipe.run.name}”",
+        "lead": "From captioned images to a steered model, published and loaded back.",
+        "stages": _stages(out),
+        "concepts": _concepts(out),
+        "map_layer": layer,
+        "map_svg": Markup(_map(out, layer)),
+        "fve_svg": Markup(_fve(out, recipe)),
+        "atoms": _atoms(out, recipe),
+        **_steering(out),
+        **published,
+    }
+    return environment.get_template("report.html.jinja").render(facts)
+
+
+def _stages(out: Path) -> list[dict[str, Any]]:
+    rows = []
+    for name in stage_names():
+        counts = done(out, name)["counts"]
+        skipped = [
+            f"{n:,} {reason.replace('_', ' ')}" for reason, n in sorted(counts["skipped"].items()) if n
+        ]
+        rows.append(
+            {"name": name, "n_in": counts["in"], "n_out": counts["out"], "skipped": ", ".join(skipped)}
+        )
+    return rows
+
+
+def _concepts(out: Path) -> list[dict[str, Any]]:
+    """Some concepts of each polarity, with their nearest stimuli as inline thumbnails."""
+    concepts = pd.read_parquet(out / "polarity" / "concepts.parquet")
+    stimuli = pd.read_parquet(out / "corpus" / "stimuli.parquet").set_index("stimulus_id")
+    links = pd.read_parquet(out / "stimuli" / "links.parquet")
+    positives = links[(links["role"] == "positive") & (links["rank"] < STIMULI_SHOWN)]
+    shown = []
+    for polarity, n in CONCEPTS_SHOWN.items():
+        for row in concepts[concepts["polarity"] == polarity].head(n).itertuples():
+            found = positives[positives["concept_id"] == row.concept_id].sort_values("rank")
+            pictures = [_stimulus(stimuli.loc[link.stimulus_id], link.dist) for link in found.itertuples()]
+            shown.append({"name": row.concept, "polarity": polarity, "stimuli": pictures})
+    return shown
+
+
+def _stimulus(row: Any, dist: float) -> dict[str, Any]:
+    with Image.open(row["file"]) as image:
+        small = image.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    caption = row["caption"] if len(row["caption"]) <= 80 else row["caption"][:79] + "…"
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"image": f"data:image/png;base64,{data}", "caption": caption, "dist": dist}
+
+
+def _map(out: Path, layer: int) -> str:
+    concepts = pd.read_parquet(out / "polarity" / "concepts.parquet")
+    rows = load_file(out / "directions" / "directions.safetensors")[f"layer_{layer}"].astype(np.float64)
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    points = _principal(rows)
+    named = [i for polarity in ("undesirable", "desirable", "neutral")
+             for i in np.flatnonzero((concepts["polarity"] == polarity).to_numpy())[:8]]  # fmt: skip
+    names = {int(i): concepts["concept"].iloc[i] for i in named}
+    return plots.concept_map([tuple(point) for point in points], list(concepts["polarity"]), names)
+
+
+def _principal(rows: np.ndarray) -> np.ndarray:
+    """`rows` on their two largest principal components, `[n, 2]`."""
+    centred = rows - rows.mean(0)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    return u[:, :2] * s[:2]
+
+
+def _fve(out: Path, recipe: Recipe) -> str:
+    lines = {}
+    for layer in recipe.activations.layers:
+        table = pd.read_parquet(out / "sae" / f"layers.{layer}" / "training.parquet")
+        lines[f"layer {layer}"] = (table["step"].tolist(), table["fve"].tolist())
+    return plots.curves(lines, "training step", "variance explained")
+
+
+def _atoms(out: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    shown = []
+    for layer in recipe.activations.layers:
+        table = pd.read_parquet(out / "atoms" / f"layers.{layer}" / "atoms.parquet")
+        for polarity in ("undesirable", "desirable"):
+            labelled = table[table["polarity"] == polarity]
+            best = labelled.sort_values(f"cos_{polarity}", ascending=False, kind="stable").head(ATOMS_SHOWN)
+            shown += [_atom(layer, row) for row in best.to_dict("records")]
+    return shown
+
+
+def _atom(layer: int, row: dict[str, Any]) -> dict[str, Any]:
+    pairs = zip(row["nearest_concepts"], row["nearest_cosines"], strict=True)
+    names = ", ".join(f"{name} ({cosine:.2f})" for name, cosine in list(pairs)[:3])
+    return {key: row[key] for key in ("atom", "polarity", "firing_rate")} | {"layer": layer, "names": names}
+
+
+def _steering(out: Path) -> dict[str, Any]:
+    evaluation = json.loads((out / "evaluate" / "evaluation.json").read_text("utf-8"))
+    methods = evaluation["steering"]
+    columns = sorted(
+        {name for row in methods.values() for name, value in row.items() if isinstance(value, dict)}
+    )
+    return {
+        "steering_note": "Measured on held-out pairs with each method on, against the same model left alone.",
+        "steering_columns": [name.replace("_", " ") for name in columns],
+        "steering": [
+            {"method": method, "values": [_figure(row.get(name)) for name in columns]}
+            for method, row in methods.items()
+        ],
+    }
+
+
+def _figure(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "not run"
+    return f"{value['value']:.4g} (n {value['n']:,})"

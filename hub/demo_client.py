@@ -1,0 +1,40 @@
+"""What a stranger types after a release is out: load the dataset, the dictionary and the SAEs, steer, look.
+
+Run by `hub.demo` in a fresh process with an empty cache:
+`python -m hub.demo_client DATASET_REPO SAE_REPO TAG MODEL_FOLDER CAPTION IMAGE`.
+"""
+
+import sys
+
+import torch
+from datasets import load_dataset
+from PIL import Image
+
+import daco
+from builders.mllm import chat_inputs, load_mllm
+
+dataset_repo, sae_repo, tag, model_folder, caption, image = sys.argv[1:]
+
+concepts = load_dataset(dataset_repo, "concepts", split="train", revision=tag)
+print(f"{len(concepts)} concepts, the first: {concepts[0]['concept']!r}")
+
+streamed = load_dataset(dataset_repo, split="train", revision=tag, streaming=True)
+print(f"a stimulus: {next(iter(streamed))['caption']!r}")
+
+dictionary = daco.ConceptDictionary.from_pretrained(dataset_repo, revision=tag)
+print(f"directions at layers {dictionary.layers}, width {dictionary.model.hidden_size}")
+
+sae = daco.SteeringSAE.from_pretrained(sae_repo, revision=tag)
+model, processor = load_mllm(model_folder)
+inputs = chat_inputs(processor, [caption], [Image.open(image)])
+
+with torch.no_grad():
+    before = model(**inputs).logits[0, -1]
+    with sae.steer(model, gamma=0.1) as run:
+        during = model(**inputs).logits[0, -1]
+        model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    after = model(**inputs).logits[0, -1]
+
+print(f"next-token logits moved by up to {(during - before).abs().max():.3f} while steered")
+print(f"exactly as before afterwards: {torch.equal(before, after)}")
+print(run.report())
