@@ -16,8 +16,10 @@ from torch import Tensor
 
 from builders.stages import Work
 from builders.tokens import median_norms, read_facts
+from daco.dictionary import ConceptDictionary
 from daco.errors import ActivationError
 from daco.manifest import canonical_json, write_atomic
+from daco.sites import ModelFacts
 from daco.tables import CONCEPTS, LINKS, read_table
 
 CHUNK = 4_096
@@ -73,9 +75,9 @@ def _weights(
     concept = links["concept_id"].map({c: i for i, c in enumerate(concept_ids)})
     reading = links["stimulus_id"].map({s: i for i, s in enumerate(ids)})
     usable = (concept.notna() & reading.notna()).to_numpy()
-    c = torch.from_numpy(concept[usable].to_numpy(dtype="int64"))
-    r = torch.from_numpy(reading[usable].to_numpy(dtype="int64"))
-    positive = torch.from_numpy((links["role"][usable] == "positive").to_numpy(dtype=bool))
+    c = torch.tensor(concept[usable].to_numpy(dtype="int64"))
+    r = torch.tensor(reading[usable].to_numpy(dtype="int64"))
+    positive = torch.tensor((links["role"][usable] == "positive").to_numpy(dtype=bool))
     n_positive = torch.bincount(c[positive], minlength=len(concept_ids))
     n_negative = torch.bincount(c[~positive], minlength=len(concept_ids))
     empty = ((n_positive == 0) | (n_negative == 0)).nonzero().flatten().tolist()
@@ -105,6 +107,18 @@ def readings(shards: Sequence[Path]) -> Iterator[tuple[int, Tensor]]:
         z = load_file(shard / "readings.safetensors")["readings"]
         yield start, z
         start += len(z)
+
+
+def load_dictionary(polarity: Path, directions: Path) -> ConceptDictionary:
+    """The dictionary of a run, from the folders of two finished stages."""
+    facts = json.loads((directions / "facts.json").read_text("utf-8"))
+    tensors = load_file(directions / "directions.safetensors")
+    return ConceptDictionary(
+        concepts=read_table(polarity / "concepts.parquet", CONCEPTS).to_pandas(),
+        vectors={layer: tensors[f"layer_{layer}"] for layer in facts["layers"]},
+        model=ModelFacts(**facts["model"]),
+        R={int(layer): R for layer, R in facts["R"].items()},
+    )
 
 
 def run(work: Work) -> None:

@@ -24,6 +24,7 @@ from builders.stages import Work
 from builders.tokens import TokenShards, read_facts
 from daco.errors import ActivationError, ModelMismatchError, RecipeError
 from daco.manifest import canonical_json, write_atomic
+from daco.sae import SAE
 from daco.tables import table_of, write_table
 
 WARM_UP = 0.05
@@ -423,6 +424,13 @@ def _record(training: Training, held_out: Tokens, loss: float) -> None:
     training.records.append(
         {"step": step, "tokens_seen": step * config.batch, "loss": loss, **measured._asdict()}
     )
+
+
+def load_sae(folder: Path) -> SAE:
+    """The SAE of a finished layer, `sae/layers.<L>`."""
+    facts = json.loads((folder / "facts.json").read_text("utf-8"))
+    weights = load_file(folder / "sae_weights.safetensors")
+    return SAE(**weights, activation=facts["activation"], k=facts["k"]).requires_grad_(False)
 
 
 def run(work: Work) -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from builders import train_sae
 from builders.recipe import Recipe, recipe_of
 from builders.stages import Work, fingerprint
 from builders.tokens import keep_tokens
 from daco.manifest import canonical_json
+from daco.tables import CONCEPTS, table_of, write_table
 
 D_MODEL, LAYERS, N_CONCEPTS = 32, (1, 2), 11
 
@@ -112,3 +114,38 @@ def write_directions(out: Path) -> None:
     }
     (work.folder / "facts.json").write_text(canonical_json(facts))
     work.finish({"in": 8 * N_CONCEPTS, "out": 8 * N_CONCEPTS, "skipped": {}})
+
+
+POLARITIES = ("undesirable", "desirable", "neutral")
+
+
+def concept_rows(polarities: tuple[str, ...] = POLARITIES) -> list[dict]:
+    """Eleven concepts whose polarities take turns."""
+    return [
+        {
+            "concept_id": f"user:concept-{i}",
+            "concept": f"concept {i}",
+            "synset": "",
+            "pos": "n",
+            "definition": f"the {i}th thing",
+            "group": "noun.artifact",
+            "rank": i,
+            "polarity": polarities[i % len(polarities)],
+            "polarity_source": "table",
+            "n_positive": 3,
+        }
+        for i in range(N_CONCEPTS)
+    ]
+
+
+def write_polarity(out: Path, polarities: tuple[str, ...] = POLARITIES) -> None:
+    """The concepts as the polarity stage leaves them."""
+    work = opened(small_recipe(), out, "polarity")
+    write_table(work.folder / "concepts.parquet", table_of(concept_rows(polarities), CONCEPTS))
+    work.finish({"in": N_CONCEPTS, "out": N_CONCEPTS, "skipped": {}})
+
+
+def write_sae(out: Path, **changes: object) -> None:
+    """SAEs of a few steps, by the real stage."""
+    sizes = {"n_atoms": 37, "k": 3, "steps": 4, "batch": 17, "holdout": 0.3}
+    train_sae.run(opened(small_recipe(sae=sizes | changes), out, "sae"))
