@@ -125,7 +125,7 @@ class ConceptDictionary:
 
         Source: arXiv 2604.08846, Eq. 9.
         """
-        rows = self.unit(layer)[torch.from_numpy(self.mask(polarity))]
+        rows = self.unit(layer)[np.flatnonzero(self.mask(polarity))]
         return torch.nn.functional.normalize(rows.sum(0), dim=-1)
 
     def index(self, concept: str) -> int:

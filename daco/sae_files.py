@@ -114,14 +114,13 @@ def steering_tensors(layer: LayerSAE) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def write_layer(folder: Path, layer: LayerSAE, model: ModelFacts, eta: float) -> None:
+def write_layer(folder: Path, layer: LayerSAE, model: ModelFacts) -> None:
     """Write a layer's four files into `folder/layers.<L>`; weights are stored as float32.
 
     Args:
         folder: The release folder.
-        layer: SAE and atoms; the atoms' polarity must be their labels at `eta`.
+        layer: SAE and atoms.
         model: The base model.
-        eta: The threshold the polarity column was made with.
 
     Raises:
         FormatError: the atoms' table does not go with the SAE.
@@ -132,11 +131,8 @@ def write_layer(folder: Path, layer: LayerSAE, model: ModelFacts, eta: float) ->
     weights = {name: p.detach().float().contiguous() for name, p in layer.sae.named_parameters()}
     write_atomic(target / "sae_weights.safetensors", save(weights))
     write_atomic(target / "cfg.json", canonical_json(sae_lens_cfg(layer, model)))
-    metadata = {
-        "sae_weights_sha256": sha256_file(target / "sae_weights.safetensors"),
-        "eta": repr(eta),
-        "format_version": FORMAT_VERSION,
-    }
+    # a single key: safetensors writes several in any order, and the bytes must be the same each time
+    metadata = {"sae_weights_sha256": sha256_file(target / "sae_weights.safetensors")}
     write_atomic(target / "steering.safetensors", save(steering_tensors(layer), metadata))
     write_table(
         target / "atoms.parquet", pa.Table.from_pandas(layer.atoms, schema=ATOMS, preserve_index=False)
