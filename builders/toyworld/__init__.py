@@ -1,0 +1,1 @@
+"""The toy world: a procedurally drawn corpus, small enough to build everything from on a laptop."""
