@@ -96,6 +96,7 @@ class Work:
         temporary = self.folder / "shards" / f"{PARTIAL}{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        self.log("begin", shard=name)
         start = time.monotonic()
         yield temporary
         for path in temporary.rglob("*"):

@@ -28,10 +28,11 @@ CLIENT = Path(__file__).with_name("demo_client.py")
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     recipe: Annotated[Path, typer.Option(help="Recipe to run.")] = ROOT / "recipes" / "demo.toml",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.field=value")] = None,
 ) -> None:
     """Build, publish, load back, steer, report."""
     start = time.monotonic()
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, overrides or ())
     say(f"building {loaded.run.name} in {out}")
     run_pipeline(loaded, out)
     with background(out / "hub") as url:

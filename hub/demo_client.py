@@ -7,7 +7,7 @@ Run by `hub.demo` in a fresh process with an empty cache:
 import sys
 
 import torch
-from datasets import load_dataset
+from datasets import get_dataset_config_names, load_dataset
 from PIL import Image
 
 import daco
@@ -15,11 +15,14 @@ from builders.mllm import chat_inputs, load_mllm
 
 dataset_repo, sae_repo, tag, model_folder, caption, image = sys.argv[1:]
 
-concepts = load_dataset(dataset_repo, "concepts", split="train", revision=tag)
-print(f"{len(concepts)} concepts, the first: {concepts[0]['concept']!r}")
+for config in get_dataset_config_names(dataset_repo, revision=tag):
+    for split, rows in load_dataset(dataset_repo, config, revision=tag).items():
+        streamed = load_dataset(dataset_repo, config, split=split, revision=tag, streaming=True)
+        equal = all(a == b for a, b in zip(rows, streamed, strict=True))
+        print(f"{config}/{split}: {len(rows)} rows, streaming equal row by row: {equal}")
 
-streamed = load_dataset(dataset_repo, split="train", revision=tag, streaming=True)
-print(f"a stimulus: {next(iter(streamed))['caption']!r}")
+concepts = load_dataset(dataset_repo, "concepts", split="train", revision=tag)
+print(f"the first concept: {concepts[0]['concept']!r}, {concepts[0]['polarity']}")
 
 dictionary = daco.ConceptDictionary.from_pretrained(dataset_repo, revision=tag)
 print(f"directions at layers {dictionary.layers}, width {dictionary.model.hidden_size}")

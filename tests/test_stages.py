@@ -89,7 +89,8 @@ def test_the_log_has_one_line_a_shard(tmp_path: Path) -> None:
         with stage.shard(name):
             pass
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["event"], line["shard"]) for line in lines] == [("shard", "a"), ("shard", "b")]
+    events = [(line["event"], line["shard"]) for line in lines]
+    assert events == [("begin", "a"), ("shard", "a"), ("begin", "b"), ("shard", "b")]
 
 
 def test_every_shipped_recipe_loads() -> None:
