@@ -63,7 +63,7 @@ def start(context: multiprocessing.context.BaseContext, recipe: Recipe, out: Pat
     return process
 
 
-def kill_inside(context, recipe: Recipe, out: Path, stage: str, whole: Path) -> int:  # noqa: ANN001
+def kill_inside(context, recipe: Recipe, out: Path, stage: str, whole: Path) -> int:
     """Kill the run up to `KILLS` times while `stage` is at work, each after one more seeded number of shards."""
     chance = random.Random(f"{recipe.run.seed} {stage}")
     total = shards_of(whole, stage)
@@ -71,7 +71,7 @@ def kill_inside(context, recipe: Recipe, out: Path, stage: str, whole: Path) -> 
     done = 0
     for point in points:
         process = start(context, recipe, out)
-        while process.is_alive() and events(out)[(stage, "shard")] < point or not (out / stage).exists():
+        while (process.is_alive() and events(out)[(stage, "shard")] < point) or not (out / stage).exists():
             time.sleep(0.001)
         time.sleep(chance.random() * 0.02)
         if process.is_alive() and not (out / stage / DONE).exists():
