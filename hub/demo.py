@@ -4,11 +4,11 @@ Draws a corpus, builds dictionary and SAEs with tiny models, publishes both repo
 back in a fresh process, steers, and writes `OUT/report.html`.
 """
 
-import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +18,16 @@ import typer
 from builders.pipeline import run as run_pipeline
 from builders.recipe import Recipe, load_recipe, repo_id
 from cards.report import report_html
-from daco.manifest import write_atomic
-from hub.server import background
+from daco.manifest import read_manifest, write_atomic
+from hub.publish import publish
+from hub.remote import Target
+from hub.server import background, client_env
 
 ROOT = Path(__file__).parent.parent
 CLIENT = Path(__file__).with_name("demo_client.py")
+
+LOCAL_TOKEN = "hf_local"
+"""The local Hub's own; it opens nothing else."""
 
 
 def demo(
@@ -50,24 +55,24 @@ def demo(
 
 def publish_release(out: Path, recipe: Recipe, kind: str, url: str) -> dict[str, Any]:
     """Publish one release folder; returns what the report shows of it."""
-    raise NotImplementedError
+    folder = out / "release" / kind
+    published = publish(folder, Target(repo_id(recipe, kind), kind, url, LOCAL_TOKEN))
+    say(f"published {published.repo_id} {published.tag} as {published.commit[:12]}")
+    files = read_manifest(folder)["files"]
+    return asdict(published) | {"files": len(files), "bytes": sum(entry["bytes"] for entry in files.values())}
 
 
 def read_back(out: Path, recipe: Recipe, url: str) -> str:
     """Run the client in a fresh process with an empty cache; returns what it printed."""
     cache = out / "client-cache"
     shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir(parents=True)
     stimulus = pd.read_parquet(out / "corpus" / "stimuli.parquet").iloc[0]
-    environment = os.environ | {
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(cache.resolve()),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
     repos = [repo_id(recipe, kind) for kind in ("dataset", "model")]
     tag, model = f"v{recipe.release.version}", out / "activations" / "model"
     arguments = [*repos, tag, model, stimulus["caption"], stimulus["file"]]
     command = [sys.executable, "-m", "hub.demo_client", *map(str, arguments)]
+    environment = client_env(url, cache.resolve())
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the client failed with code {done.returncode}:\n{done.stdout}{done.stderr}")

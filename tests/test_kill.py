@@ -1,4 +1,4 @@
-"""A run killed by SIGKILL inside every stage resumes, redoes at most the shard in flight, and ends with the same bytes."""
+"""A run killed by SIGKILL inside every stage redoes at most the shard in flight and ends with the same bytes."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def start(context: multiprocessing.context.BaseContext, recipe: Recipe, out: Pat
 
 
 def kill_inside(context, recipe: Recipe, out: Path, stage: str, whole: Path) -> int:
-    """Kill the run up to `KILLS` times while `stage` is at work, each after one more seeded number of shards."""
+    """Kill the run up to `KILLS` times while `stage` is at work, after seeded numbers of shards."""
     chance = random.Random(f"{recipe.run.seed} {stage}")
     total = shards_of(whole, stage)
     points = sorted(chance.sample(range(1, total), min(KILLS, total - 1))) if total > 1 else [0]
