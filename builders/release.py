@@ -308,7 +308,7 @@ def write_model(work: Work, folder: Path, dataset: Mapping[str, Any]) -> None:
         source = work.upstream("sae") / layer_folder(layer)
         atoms = read_table(work.upstream("atoms") / layer_folder(layer) / "atoms.parquet", ATOMS).to_pandas()
         sae = LayerSAE(layer, load_sae(source), atoms, dictionary.R[layer])
-        write_layer(folder, sae, dictionary.model, work.recipe.atoms.eta)
+        write_layer(folder, sae, dictionary.model)
         training[str(layer)] = json.loads((source / "facts.json").read_text("utf-8"))
     write_config(folder, _config(work.recipe, dictionary, dataset, training))
     evaluation = (work.upstream("evaluate") / "evaluation.json").read_bytes()
