@@ -1,7 +1,7 @@
 """Tiny random multimodal models of real transformers classes, to try things out and to test; writes nothing.
 
-Classes, processors and chat format are the real ones, so whatever works here meets the same shapes, token layouts
-and hooks as at 7B. The weights are random: such a model can be read and steered, but says nothing.
+Classes, processors and chat format are the real ones, so whatever works here meets the same shapes, token
+layouts and hooks as at 7B. The weights are random: such a model can be read and steered, but says nothing.
 """
 
 from collections.abc import Sequence
