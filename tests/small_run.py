@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from builders import train_sae
@@ -14,7 +16,7 @@ from builders.recipe import Recipe, recipe_of
 from builders.stages import Work, fingerprint
 from builders.tokens import keep_tokens
 from daco.manifest import canonical_json
-from daco.tables import CONCEPTS, table_of, write_table
+from daco.tables import CONCEPTS, LINKS, STIMULI, table_of, write_table
 
 D_MODEL, LAYERS, N_CONCEPTS = 32, (1, 2), 11
 
@@ -149,3 +151,51 @@ def write_sae(out: Path, **changes: object) -> None:
     """SAEs of a few steps, by the real stage."""
     sizes = {"n_atoms": 37, "k": 3, "steps": 4, "batch": 17, "holdout": 0.3}
     train_sae.run(opened(small_recipe(sae=sizes | changes), out, "sae"))
+
+
+def write_corpus(out: Path, n: int = 29) -> None:
+    """Pairs with small images; the first 23 are the stimuli of `write_activations`."""
+    work = opened(small_recipe(), out, "corpus")
+    (work.folder / "images").mkdir()
+    draw = np.random.default_rng(2)
+    ids, rows = [*stimulus_ids(23), *(f"{i:016x}" for i in range(n - 23))], []
+    for i, stimulus in enumerate(ids):
+        pixels = draw.integers(0, 256, (21, 33, 3), dtype=np.uint8)
+        file = work.folder / "images" / f"{stimulus}.png"
+        Image.fromarray(pixels).save(file)
+        rows.append(
+            {
+                "stimulus_id": stimulus,
+                "caption": f"a photo of thing {i % N_CONCEPTS} and thing {i % 3}",
+                "image_url": f"https://example.org/{i}.png",
+                "image_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                "width": 33,
+                "height": 21,
+                "source": "small",
+                "source_key": str(i),
+                "file": f"images/{file.name}",
+            }
+        )
+    write_table(
+        work.folder / "stimuli.parquet", table_of(rows, STIMULI.append(pa.field("file", pa.string())))
+    )
+    source = {"name": "small", "revision": "1", "url": "", "licence": "cc0-1.0", "redistribute_images": False}
+    (work.folder / "source.json").write_text(canonical_json(source))
+    work.finish({"in": n, "out": n, "skipped": {}})
+
+
+def write_links(out: Path) -> None:
+    """Three positives and three negatives a concept, over the first 23 stimuli."""
+    work = opened(small_recipe(), out, "stimuli")
+    ids, draw, rows = stimulus_ids(23), np.random.default_rng(8), []
+    for concept in concept_rows():
+        for rank, stimulus in enumerate(draw.choice(ids, 6, replace=False)):
+            link = {"concept_id": concept["concept_id"], "concept": concept["concept"], "rank": rank % 3}
+            role = "positive" if rank < 3 else "negative"
+            rows.append(
+                link
+                | {"stimulus_id": str(stimulus), "role": role}
+                | {"dist": 1.0 + rank, "sim_image": 0.3, "sim_text": 0.8 - rank / 10}
+            )
+    write_table(work.folder / "links.parquet", table_of(rows, LINKS))
+    work.finish({"in": len(rows), "out": len(rows), "skipped": {}})
