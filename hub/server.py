@@ -1,7 +1,7 @@
 """A local Hub over HTTP for unmodified huggingface_hub and datasets clients; keeps everything in a `Store`.
 
 It is never kinder than the real one: what it does not know (a path, a query parameter, a header, a field of a
-body) it refuses with 400 instead of ignoring it. Large files go by git-LFS `basic`; xet is not spoken.
+body) it refuses with 400 instead of ignoring it. Large files come by git-LFS `basic` or by xet.
 Tokens are never printed: there is no access log, and messages never repeat a header's value.
 """
 
@@ -47,6 +47,7 @@ from hub.store import (
     stored_as_lfs,
     tree_ids,
 )
+from hub.xet import EXPIRY, forget_finished, session_url, take_over
 
 TOKENS = {"hf_local": "write", "hf_local_reader": "read"}
 """The tokens of a local Hub and what each may do; not secrets: the Hub answers this machine only."""
@@ -55,28 +56,19 @@ USER = "local"
 BODY_LIMIT = 512 * 1024 * 1024
 """Largest body of one request in bytes; LFS uploads are streamed and have no limit."""
 
-HEADERS = frozenset(
-    {
-        *(
-            "accept",
-            "accept-encoding",
-            "authorization",
-            "connection",
-            "content-length",
-            "content-type",
-            "host",
-        ),
-        *(
-            "range",
-            "transfer-encoding",
-            "user-agent",
-            "x-amzn-trace-id",
-            "x-hf-download-counter",
-            "x-request-id",
-        ),
-    }
+_STANDARD = (
+    "accept",
+    "accept-encoding",
+    "authorization",
+    "connection",
+    "content-length",
+    "content-type",
+    "host",
 )
-"""The request headers a client may send; the X- ones are read by nobody, as on the real Hub."""
+_TRANSFER = ("range", "transfer-encoding", "user-agent")
+_EXTRA = ("x-amzn-trace-id", "x-hf-download-counter", "x-request-id", "x-xet-session-id")
+HEADERS = frozenset({*_STANDARD, *_TRANSFER, *_EXTRA})
+"""The request headers a client may send; those that trace or count are read by nobody, as on the real Hub."""
 
 LFS_JSON = "application/vnd.git-lfs+json"
 
@@ -189,6 +181,8 @@ class Hub:
 
     def __init__(self, store: Store, tokens: Mapping[str, str] = TOKENS, page: int = 1000) -> None:
         self.store, self.tokens, self.page = store, dict(tokens), page
+        for repo in (one for kind in KINDS for one in store.repos(kind)):
+            forget_finished(repo)
         methods = ["DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"]
         self.app = Starlette(routes=[Route("/{path:path}", self._answer, methods=methods)])
 
@@ -464,12 +458,12 @@ def refs(hub: Hub, call: Call) -> Response:
 
 @route("GET", f"{API}/commits/{REV}", "expand[]", "p")
 def commits(hub: Hub, call: Call) -> Response:
-    """The history of a revision, newest first, fifty a page."""
+    """The history of a revision, newest first; a page has a twentieth of a tree's entries."""
     one_of(call.query.get("expand[]"), (None, "formatted"), "expand[]")
-    page = whole_number(call.query.get("p", "0"), "p")
+    page, size = whole_number(call.query.get("p", "0"), "p"), page_size(hub, short=True)
     history = list(hub.repo(call).history(call.names["rev"]))
-    rows = [commit_row(commit, "expand[]" in call.query) for commit in history[page * 50 : page * 50 + 50]]
-    more = len(history) > page * 50 + 50
+    rows = [commit_row(one, "expand[]" in call.query) for one in history[page * size : (page + 1) * size]]
+    more = len(history) > (page + 1) * size
     return JSONResponse(rows, headers=next_link(call, p=str(page + 1)) if more else None)
 
 
@@ -505,15 +499,15 @@ def tree(hub: Hub, call: Call) -> Response:
             404, f"{folder} does not exist on {call.names['rev']}", "EntryNotFound", commit_header(commit)
         )
     left = [path for path in below if path > call.query.get("cursor", "")]
-    size = max(1, self_or_twentieth(hub.page, call.flag("expand")))
+    size = page_size(hub, short=call.flag("expand"))
     rows = describe(repo, commit, left[:size], call.flag("expand"))
     more = next_link(call, cursor=left[size - 1]) if len(left) > size else {}
     return JSONResponse(rows, headers=commit_header(commit) | more)
 
 
-def self_or_twentieth(page: int, expand: bool) -> int:
-    """The page size: with `expand` the Hub sends a twentieth."""
-    return page // 20 if expand else page
+def page_size(hub: Hub, short: bool) -> int:
+    """Entries of one page: where each costs the Hub more, a twentieth."""
+    return max(1, hub.page // 20) if short else hub.page
 
 
 def entries(commit: Commit, folder: str, recursive: bool) -> list[str]:
@@ -719,6 +713,7 @@ def commit(hub: Hub, call: Call) -> Response:
     for verb, path, payload in change.operations:
         if verb == "add" and path == "README.md":
             refuse_bad_card(payload, repo.kind)
+    take_over(hub.store, repo, [payload[0] for verb, _, payload in change.operations if verb == "lfs"])
     new = repo.apply(call.names["rev"], change)
     url = f"{call.base}/{prefix(repo.kind)}{repo.id}/commit/{new.id}"
     return JSONResponse({"success": True, "commitOid": new.id, "commitUrl": url, "hookOutput": ""})
@@ -850,6 +845,15 @@ def lfs_verify(hub: Hub, call: Call) -> Response:
     return Response("OK")
 
 
+@route("GET", f"{API}/xet-write-token/{REV}")
+def xet_write_token(hub: Hub, call: Call) -> Response:
+    """A folder of this machine where the client's hf_xet may store large files before it commits them."""
+    repo = hub.repo(call, write=True)
+    repo.commit(call.names["rev"])
+    url = session_url(repo, call.request.headers.get("x-xet-session-id", ""))
+    return JSONResponse({"casUrl": url, "accessToken": "local", "exp": EXPIRY})
+
+
 # --- run
 
 
@@ -939,7 +943,7 @@ def client_env(url: str, home: Path, token: str | None = "hf_local") -> dict[str
     keep = {
         name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ
     }
-    off = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK", "HF_HUB_DISABLE_XET", "DO_NOT_TRACK")
+    off = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK", "DO_NOT_TRACK")
     bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
     env = (
         keep | dict.fromkeys((*off, *bars), "1") | {"HF_UPDATE_DOWNLOAD_COUNTS": "0", "NO_PROXY": "127.0.0.1"}

@@ -4,7 +4,8 @@
     <root>/<kind>/<org>/<name>/repo.json         kind, visibility, gate
                                refs.json         {"branches": {name: commit}, "tags": {name: commit}}
                                commits/<id>.json parent, title, message, {path: file}
-                               blobs/<git id>    regular files        lfs/<sha256>  large files
+                               blobs/<git id>    regular files
+                               lfs/<sha256>      large files; xet/<session>/ those that came by xet and wait
 
 Objects are named by their content, and stay; a commit becomes visible by the one rename of `refs.json`,
 so a crash leaves the old state or the new one. Commit ids are git's own, with a fixed author and date.
@@ -501,10 +502,18 @@ class Store:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            check_object(Path(name), sha256, size)
-            Path(name).replace(repo.folder / "lfs" / sha256)
+            self.keep(repo, Path(name), sha256, size)
         finally:
             Path(name).unlink(missing_ok=True)
+
+    def keep(self, repo: Repo, path: Path, sha256: str, size: int) -> None:
+        """Make a finished file an LFS object, if its size and sha256 are the announced ones.
+
+        Raises:
+            ApiError: 400 they are not.
+        """
+        check_object(path, sha256, size)
+        path.replace(repo.folder / "lfs" / sha256)
 
 
 def check_object(path: Path, sha256: str, size: int) -> None:

@@ -1,10 +1,12 @@
-"""Proves that the local Hub serves unmodified clients as the real one does, and refuses what the real one does."""
+"""Proves that the local Hub serves unmodified clients as the real one does, and is never kinder than that."""
 
 import base64
 import hashlib
 import io
 import json
+import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,14 @@ def api(local_hub: LocalHub) -> HfApi:  # noqa: F811
     api = local_hub.api()
     api.create_repo(**DATA)
     return api
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HfApi]:
+    """A client of one Hub for all tests that must not change it."""
+    with running(tmp_path_factory.mktemp("steady")) as hub:
+        hub.api().create_repo(**DATA)
+        yield hub.api()
 
 
 def ask(url: str, method: str, path: str, token: str | None = WRITER, **request: Any) -> httpx2.Response:
@@ -238,11 +248,15 @@ def test_tree_comes_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 list(hub.api().list_repo_tree(**DATA, path_in_repo=path))
 
 
-def test_history_goes_on_over_pages(api: HfApi) -> None:
-    heads = [publish(api, **{"n.txt": str(n).encode()}) for n in range(52)]
-    listed = api.list_repo_commits(**DATA, formatted=True)
-    assert [one.commit_id for one in listed][:-1] == heads[::-1]
-    assert listed[-1].title == "initial commit"
+def test_history_goes_on_over_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with running(tmp_path, page=40) as hub:
+        hub.api().create_repo(**DATA)
+        heads = [publish(hub.api(), **{"n.txt": str(n).encode()}) for n in range(4)]
+        listed = hub.api().list_repo_commits(**DATA, formatted=True)
+        assert [one.commit_id for one in listed][:-1] == heads[::-1]
+        assert listed[-1].title == "initial commit"
+        assert len(hub.faults.seen("GET", "/commits/")) == 3
 
 
 def test_tags_and_branches(api: HfApi) -> None:
@@ -544,6 +558,50 @@ def test_binary_content_cannot_be_committed_as_text(api: HfApi) -> None:
         assert "expected an LFS upload" in post_commit(api, commit_body(("file", value))).json()["error"]
 
 
+PUBLISH_BY_XET = """
+import random
+from huggingface_hub import CommitOperationAdd, HfApi
+api, content = HfApi(), random.Random(0).randbytes(300_000)
+api.create_repo("org/name", repo_type="dataset", exist_ok=True)
+files = {"a.bin": content, "b.bin": content[7:] + b"tail", "c.txt": b"text", "empty.bin": b""}
+operations = [CommitOperationAdd(path, one) for path, one in files.items()]
+api.preupload_lfs_files("org/name", operations[:1], repo_type="dataset", free_memory=True)
+print(api.create_commit("org/name", operations, commit_message="by xet", repo_type="dataset").oid)
+"""
+
+
+def test_what_a_client_stores_by_xet_is_served_as_any_other_file(tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(300_000)
+    with running(tmp_path) as hub:
+        head = hub.run(PUBLISH_BY_XET).strip()
+        assert hub.faults.seen("GET", "/xet-write-token/")
+        assert not hub.faults.seen("POST", "/objects/batch")
+    with running(tmp_path) as hub:  # the client is gone: what it left is tidied up
+        assert not list((hub.root / "datasets" / REPO / "xet").glob("*"))
+        for name, expected in (("a.bin", content), ("b.bin", content[7:] + b"tail"), ("empty.bin", b"")):
+            got = hub.api().hf_hub_download(
+                **DATA, filename=name, revision=head, cache_dir=tmp_path / "cache"
+            )
+            assert Path(got).read_bytes() == expected
+
+
+def test_what_was_lost_from_the_xet_store_is_refused(tmp_path: Path) -> None:
+    lose = """
+import pathlib, sys
+send = HfApi.preupload_lfs_files
+def and_lose(self, *arguments, **named):
+    send(self, *arguments, **named)
+    for xorb in pathlib.Path(sys.argv[1]).glob("xet/*/xet/xorbs/xorbs/default.*"):
+        xorb.unlink()
+HfApi.preupload_lfs_files = and_lose
+"""
+    code = PUBLISH_BY_XET.replace("api, content =", lose + "api, content =")
+    with running(tmp_path) as hub, pytest.raises(AssertionError, match="upload again"):
+        hub.run(code, str(hub.root / "datasets" / REPO))
+    with running(tmp_path) as hub:
+        assert hub.api().list_repo_files(**DATA) == [".gitattributes"]
+
+
 # --- never kinder than the real one
 
 FILE = {"path": "a.txt", "encoding": "base64", "content": "YQ=="}
@@ -568,9 +626,9 @@ BODIES: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("method", "path", "body"), BODIES)
 def test_unknown_or_wrong_fields_are_refused(
-    api: HfApi, method: str, path: str, body: dict[str, Any]
+    steady: HfApi, method: str, path: str, body: dict[str, Any]
 ) -> None:
-    answer = ask(api.endpoint, method, path, json=body)
+    answer = ask(steady.endpoint, method, path, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]
 
@@ -590,17 +648,19 @@ def test_unknown_or_wrong_fields_are_refused(
         ("deletedFile", {"path": "x", "force": True}),
     ],
 )
-def test_unknown_or_wrong_operations_are_refused(api: HfApi, operation: tuple[str, dict[str, Any]]) -> None:
-    head = api.dataset_info(REPO).sha
-    assert post_commit(api, commit_body(operation)).status_code == 400
-    assert api.dataset_info(REPO).sha == head
+def test_unknown_or_wrong_operations_are_refused(
+    steady: HfApi, operation: tuple[str, dict[str, Any]]
+) -> None:
+    head = steady.dataset_info(REPO).sha
+    assert post_commit(steady, commit_body(operation)).status_code == 400
+    assert steady.dataset_info(REPO).sha == head
 
 
-def test_unknown_header_fields_of_a_commit_are_refused(api: HfApi) -> None:
+def test_unknown_header_fields_of_a_commit_are_refused(steady: HfApi) -> None:
     for header in ({"author": "me"}, {"parentCommit": "main"}, {"summary": " "}):
-        assert post_commit(api, commit_body(("file", FILE), **header)).status_code == 400
-    assert post_commit(api, b"").status_code == post_commit(api, b"{\n").status_code == 400
-    assert post_commit(api, commit_body(("file", FILE)), rev="v9").status_code == 404
+        assert post_commit(steady, commit_body(("file", FILE), **header)).status_code == 400
+    assert post_commit(steady, b"").status_code == post_commit(steady, b"{\n").status_code == 400
+    assert post_commit(steady, commit_body(("file", FILE)), rev="v9").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -621,29 +681,29 @@ def test_unknown_header_fields_of_a_commit_are_refused(api: HfApi) -> None:
         ("HEAD", f"/api/datasets/{REPO}"),
     ],
 )
-def test_unknown_paths_and_queries_are_refused(api: HfApi, method: str, path: str) -> None:
-    assert ask(api.endpoint, method, path).status_code == 400
+def test_unknown_paths_and_queries_are_refused(steady: HfApi, method: str, path: str) -> None:
+    assert ask(steady.endpoint, method, path).status_code == 400
 
 
 @pytest.mark.parametrize("name", ["x-anything", "if-none-match", "range", "cookie", "expect-ct"])
-def test_unknown_headers_are_refused(api: HfApi, name: str) -> None:
-    answer = ask(api.endpoint, "GET", f"/api/datasets/{REPO}", headers={name: "secret-value"})
+def test_unknown_headers_are_refused(steady: HfApi, name: str) -> None:
+    answer = ask(steady.endpoint, "GET", f"/api/datasets/{REPO}", headers={name: "secret-value"})
     assert answer.status_code == 400
     assert name in answer.json()["error"]
     assert "secret-value" not in answer.text
 
 
-def test_paths_info_refuses_unknown_fields_and_other_types(api: HfApi) -> None:
+def test_paths_info_refuses_unknown_fields_and_other_types(steady: HfApi) -> None:
     path = f"/api/datasets/{REPO}/paths-info/main"
-    assert ask(api.endpoint, "POST", path, data={"paths": ["x"], "limit": "3"}).status_code == 400
-    assert ask(api.endpoint, "POST", path, json={"paths": ["x"]}).status_code == 400
-    assert ask(api.endpoint, "POST", path, data={"paths": ["x"]}).json() == []
+    assert ask(steady.endpoint, "POST", path, data={"paths": ["x"], "limit": "3"}).status_code == 400
+    assert ask(steady.endpoint, "POST", path, json={"paths": ["x"]}).status_code == 400
+    assert ask(steady.endpoint, "POST", path, data={"paths": ["x"]}).json() == []
 
 
-def test_writes_need_a_token(local_hub: LocalHub, api: HfApi) -> None:  # noqa: F811
+def test_writes_need_a_token(steady: HfApi) -> None:
     for method, path in (("POST", "/api/repos/create"), ("POST", f"/api/datasets/{REPO}/tag/main")):
-        assert ask(api.endpoint, method, path, token=None, json={}).status_code == 401
-    assert ask(api.endpoint, "GET", "/api/whoami-v2", token=None).status_code == 401
+        assert ask(steady.endpoint, method, path, token=None, json={}).status_code == 401
+    assert ask(steady.endpoint, "GET", "/api/whoami-v2", token=None).status_code == 401
 
 
 def test_faults_can_be_ordered(local_hub: LocalHub, api: HfApi) -> None:  # noqa: F811
