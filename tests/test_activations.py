@@ -1,4 +1,4 @@
-"""Proves readings and tokens against whole, unbatched forwards, and that masks, shards and kills lose nothing."""
+"""Proves readings and tokens against plain, unbatched forwards, and that masks and kills lose nothing."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def pictures(n: int):
 
 
 def whole(model, processor, caption, image):
-    """Block outputs of one stimulus as transformers gives them, [tokens, layers, d_model], with its inputs."""
+    """Inputs of one stimulus, and block outputs as transformers gives them, [tokens, layers, d_model]."""
     inputs = chat_inputs(processor, [caption], [image])
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True).hidden_states
