@@ -1,0 +1,214 @@
+"""Where to find a model's text trunk and layers, and which model it is; reads models, writes nothing."""
+
+import operator
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from torch import nn
+
+from daco.errors import ModelMismatchError, UnknownLayerError, UnsupportedModelError
+
+_CACHED = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_INNER = ("language_model", "model", "decoder", "transformer")
+_BLOCKS = ("layers", "h", "blocks")
+
+
+class Trunk(NamedTuple):
+    """The text trunk of a model."""
+
+    layers: nn.ModuleList
+    """Its decoder blocks, in order."""
+    hidden_size: int
+    """Width of the residual stream."""
+    n_layers: int
+    """Number of blocks."""
+    path: str
+    """Dotted name of the list of blocks, as in `model.named_modules()`."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Which model an artefact belongs to."""
+
+    id: str
+    """Hub id; empty where unknown (a local folder)."""
+    revision: str
+    """Commit, tag or branch of the id; empty where unknown."""
+    model_type: str
+    """`config.model_type`."""
+    hidden_size: int
+    """Width of the text trunk."""
+    n_layers: int
+    """Decoder blocks of the text trunk."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Facts of a loaded model.
+
+        Raises:
+            UnsupportedModelError: its text trunk cannot be found.
+        """
+        trunk = find_trunk(model)
+        config = transformers_model(model).config
+        return cls(*_origin(config), str(config.model_type), trunk.hidden_size, trunk.n_layers)
+
+    def check(self, model: nn.Module, base_model_ok: bool = False) -> str | None:
+        """Refuse a model other than this one.
+
+        Args:
+            model: The model at hand.
+            base_model_ok: Accept another id or revision (a fine-tune, a quantised copy), never another shape.
+
+        Returns:
+            What could not be confirmed or was overridden, for reports; None where all agrees.
+
+        Raises:
+            ModelMismatchError: shape or type differ, or id or revision are known and differ.
+        """
+        found = type(self).of(model)
+        for name in ("model_type", "hidden_size", "n_layers"):
+            if (expected := getattr(self, name)) != (got := getattr(found, name)):
+                raise ModelMismatchError(
+                    f"expected a model with {name} {expected} ({self.id or 'the artefact'}'s), got {got}; "
+                    "load the base model this artefact was made for"
+                )
+        problem = self._other_origin(found)
+        if problem and not base_model_ok:
+            raise ModelMismatchError(
+                f"{problem}; load that one, or pass base_model_ok=True for a fine-tune or a quantised copy"
+            )
+        if problem:
+            return f"base_model_ok: {problem}"
+        return self._unconfirmed(found, base_model_ok)
+
+    def _other_origin(self, found: "ModelFacts") -> str | None:
+        """Where both sides know id or revision and they differ."""
+        if self.id and found.id and self.id != found.id:
+            return f"expected base model {self.id}, got {found.id}"
+        commits = _COMMIT.fullmatch(self.revision) and _COMMIT.fullmatch(found.revision)
+        if commits and self.revision != found.revision:
+            return f"expected revision {self.revision} of {self.id}, got {found.revision}"
+        return None
+
+    def _unconfirmed(self, found: "ModelFacts", base_model_ok: bool) -> str | None:
+        if self.id and found.id:
+            # transformers does not say which commit it loaded: no cause for alarm, but not confirmed either
+            return None if _COMMIT.fullmatch(found.revision) else f"revision of {found.id} not known"
+        expected = self.id or "of the artefact (a local folder)"
+        note = (
+            f"base model not confirmed: expected {expected}, the model at hand has {found.id or 'no Hub id'}"
+        )
+        if not base_model_ok:
+            warnings.warn(f"{note}; base_model_ok=True silences this", UserWarning, stacklevel=4)
+        return note
+
+
+def transformers_model(model: nn.Module) -> Any:
+    """The transformers model itself, out of a PEFT wrapper if it has one.
+
+    Raises:
+        UnsupportedModelError: there is none with a config.
+    """
+    if not hasattr(model, "peft_config") and hasattr(getattr(model, "config", None), "get_text_config"):
+        return model
+    if callable(unwrap := getattr(model, "get_base_model", None)):
+        return transformers_model(unwrap())
+    raise UnsupportedModelError(
+        f"expected a transformers model with a config, got {type(model).__name__}; "
+        "pass the model whose generate() is called"
+    )
+
+
+def find_trunk(model: nn.Module) -> Trunk:
+    """Find the decoder blocks of the text trunk, by the model's own account, and check them with its config.
+
+    A vision tower may have as many blocks or more, so lists of blocks are never compared by length.
+
+    Raises:
+        UnsupportedModelError: no decoder has blocks of the config's number and width.
+    """
+    base = transformers_model(model)
+    config = base.config.get_text_config(decoder=True)
+    n_layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    decoder = _decoder(base)
+    seen = []
+    for _ in range(4):  # a decoder may wrap another one, never deeper than this
+        layers = _own_blocks(decoder)
+        if layers is not None:
+            seen.append(f"{len(layers)} blocks of width {_width(decoder)} in {type(decoder).__name__}")
+            if (len(layers), _width(decoder)) == (n_layers, width):
+                return Trunk(layers, int(width), len(layers), _path(model, layers))
+        decoder = next(
+            (inner for name in _INNER if (inner := getattr(decoder, name, None)) is not None), None
+        )
+        if decoder is None:
+            break
+    raise UnsupportedModelError(
+        f"{type(base).__name__}: expected a text trunk of {n_layers} blocks of width {width} (its config), "
+        f"got {'; '.join(seen) or 'no decoder with blocks'}"
+    )
+
+
+def site(model: nn.Module, layer: int) -> nn.Module:
+    """The decoder block whose output is the residual stream at `layer`.
+
+    Raises:
+        UnknownLayerError: the trunk has no such layer.
+        UnsupportedModelError: there is no trunk.
+    """
+    trunk = find_trunk(model)
+    number = operator.index(layer)
+    if not 0 <= number < trunk.n_layers:
+        raise UnknownLayerError(
+            f"expected a layer from 0 to {trunk.n_layers - 1} ({trunk.path}), got {number}"
+        )
+    return trunk.layers[number]
+
+
+def image_token_ids(model: nn.Module) -> tuple[int, ...]:
+    """Ids of the placeholders at whose places image or video patches enter the trunk."""
+    config = transformers_model(model).config
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = {getattr(config, name, None) for name in names}
+    return tuple(sorted(token for token in found if isinstance(token, int)))
+
+
+def _decoder(base: Any) -> Any:
+    if hasattr(base, "get_decoder") and (decoder := base.get_decoder()) is not None:
+        return decoder
+    return getattr(base, "language_model", base)
+
+
+def _own_blocks(decoder: Any) -> nn.ModuleList | None:
+    """The list of blocks that is the decoder's own child."""
+    children = dict(decoder.named_children()) if isinstance(decoder, nn.Module) else {}
+    lists = (children.get(name) for name in _BLOCKS)
+    return next((found for found in lists if isinstance(found, nn.ModuleList)), None)
+
+
+def _width(decoder: Any) -> int | None:
+    """Width of what the embedding feeds into the blocks: the vision tower has no token embedding."""
+    try:
+        embedding = decoder.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    width = getattr(embedding, "embedding_dim", None)
+    return width if isinstance(width, int) else None
+
+
+def _path(model: nn.Module, layers: nn.ModuleList) -> str:
+    return next(name for name, module in model.named_modules() if module is layers)
+
+
+def _origin(config: Any) -> tuple[str, str]:
+    """Hub id and commit a config was loaded from, where they can be known."""
+    name = str(getattr(config, "_name_or_path", "") or "")
+    if cached := _CACHED.search(Path(name).as_posix()):
+        return f"{cached['org']}/{cached['name']}", str(cached["commit"])
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists():
+        return "", ""
+    return name, str(getattr(config, "_commit_hash", "") or "")
