@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import torch
 from daco.capture import capture
-from daco.sites import ModelFacts
+from daco.sites import ModelFacts, image_token_ids
 from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,14 +56,7 @@ def special_ids(model: Any, processor: Any) -> set[int]:
     tokenizer = processor.tokenizer
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    return special - {image_token_id(model)}
-
-
-def image_token_id(model: Any) -> int | None:
-    """Id of the placeholder at whose places the image's patches enter."""
-    config = model.config
-    found = getattr(config, "image_token_id", None)
-    return getattr(config, "image_token_index", None) if found is None else found
+    return special - set(image_token_ids(model))
 
 
 @torch.no_grad()
@@ -137,13 +130,9 @@ def open_mllm(config: ModelConfig, activations: Path) -> tuple[Any, Any]:
 
 
 def model_facts(model: Any, config: ModelConfig) -> ModelFacts:
-    """Facts of the recipe's model for a release: a folder on this machine has no id."""
-    published = bool(config.id) and not config.tiny and not Path(config.id).exists()
-    return dataclasses.replace(
-        ModelFacts.of(model),
-        id=config.id if published else "",
-        revision=config.revision if published else "",
-    )
+    """Facts of the recipe's model for a release; a folder on this machine has neither id nor revision."""
+    facts = ModelFacts.of(model)
+    return dataclasses.replace(facts, revision=facts.revision or (config.revision if facts.id else ""))
 
 
 def run(work: Work) -> None:
