@@ -5,12 +5,14 @@ Reads a recipe; writes one folder a stage into the run folder, and `release/` la
 
 import dataclasses
 import importlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from transformers.utils import logging as transformers_logging
 
 from builders.recipe import LOCAL_FIELDS, Recipe
 from builders.stages import Work, done, fingerprint, seal_sha256
@@ -72,6 +74,8 @@ def run(recipe: Recipe, out: Path, only: str | None = None, until: str | None = 
     chosen = _choose(only, until)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(recipe.run.threads)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         with FileLock(out / ".lock", timeout=0):
             return [stage.name for stage in chosen if _run_stage(stage, recipe, out)]
