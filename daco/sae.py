@@ -81,7 +81,7 @@ class SAE(nn.Module):
         """The activation function on pre-activations `[..., n_atoms]`."""
         if self.activation == "topk":
             return top_k(pre, self.k)  # type: ignore[arg-type]
-        if self.activation == "jumprelu":
+        if self.threshold is not None:
             return torch.where(pre > self.threshold, pre.relu(), 0)
         return pre.relu()
 

@@ -138,7 +138,7 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 def _same_type(got: pa.DataType, expected: pa.DataType) -> bool:
     """Equal but for the name of a list's item ("item" or "element", as writers differ)."""
     if pa.types.is_fixed_size_list(expected) and pa.types.is_fixed_size_list(got):
-        return got.list_size == expected.list_size and got.value_type == expected.value_type
+        return bool(got.list_size == expected.list_size and got.value_type == expected.value_type)
     if pa.types.is_list(expected) and pa.types.is_list(got):
-        return got.value_type == expected.value_type
+        return bool(got.value_type == expected.value_type)
     return bool(got == expected)
