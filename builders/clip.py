@@ -47,6 +47,9 @@ MARGIN = 8
 """Training images are cached one part in `MARGIN` larger than they are seen, which leaves room for random crops."""
 
 WEIGHT_DECAY = 0.1
+WHOLE = 0.2
+"""Share of the batches that train on whole captions."""
+
 MAX_LOGIT_SCALE = math.log(100)
 
 CURVE = pa.schema([("step", pa.int32()), ("loss", pa.float32()), ("accuracy", pa.float32()), ("rate", pa.float32())])
@@ -219,22 +222,27 @@ def augment(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
     return torch.stack(crops)
 
 
-def sample_text(caption: str, rng: np.random.Generator) -> str:
+def sample_texts(captions: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """A text for every caption of a batch: whole captions in one batch of five, else parts, which are short and cheap."""
+    if rng.random() < WHOLE:
+        return list(captions)
+    return [sample_part(caption, rng) for caption in captions]
+
+
+def sample_part(caption: str, rng: np.random.Generator) -> str:
     """Part of a caption, so that single words learn their images too.
 
-    A caption of comma-joined parts gives its first part (the name) half of the time, else some of its parts; a plain
-    sentence gives a run of its words half of the time, else all of it.
+    A caption of comma-joined parts gives its first part (the name) half of the time, else up to three of its parts; a
+    plain sentence gives a run of its words.
     """
     parts = [part.strip() for part in caption.split(",") if part.strip()]
     if len(parts) > 1:
         if rng.random() < 0.5:
             return parts[0]
-        size = int(rng.integers(1, len(parts) + 1))
+        size = int(rng.integers(1, min(3, len(parts)) + 1))
         return ", ".join(parts[i] for i in rng.permutation(len(parts))[:size])
     tokens = caption.split()
-    if len(tokens) < 2 or rng.random() < 0.5:
-        return caption
-    size = int(rng.integers(1, len(tokens)))
+    size = int(rng.integers(1, len(tokens) + 1))
     start = int(rng.integers(0, len(tokens) - size + 1))
     return " ".join(tokens[start : start + size])
 
@@ -307,7 +315,7 @@ class Trainer:
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+        self.adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
         normal = self.processor.image_processor
         self.mean = torch.tensor(normal.image_mean).view(3, 1, 1)
         self.std = torch.tensor(normal.image_std).view(3, 1, 1)
@@ -342,7 +350,7 @@ class Trainer:
         rows = batch_rows(len(self.captions), size, self.seed, self.done)
         rng = np.random.default_rng([self.seed, 2, self.done])
         captions = [self.captions[row] for row in rows]
-        texts = [sample_text(caption, rng) for caption in captions]
+        texts = sample_texts(captions, rng)
         pixels = augment(self.images[rows], self.config.image_size, rng)
         return info_nce(
             _unit(self.model.get_image_features((pixels / 255 - self.mean) / self.std)),

@@ -285,17 +285,16 @@ def check_pair(pair: Pair, source: str, root: Path, store: Path) -> dict[str, An
     if not pair.key or _UNSAFE.search(pair.key):
         return "bad_key"
     identity = stimulus_id(source, pair.key)
-    if isinstance(pair.image, Path) and (reason := _refused(pair.image, root)):
-        return reason
+    found = _inside(pair.image, root) if isinstance(pair.image, Path) else None
+    if isinstance(found, str):
+        return found
     try:
-        data = pair.image.read_bytes() if isinstance(pair.image, Path) else pair.image()
+        data = found.read_bytes() if found else pair.image()
         width, height = open_image(data).size
     except Exception:  # a hostile file: Pillow's plug-ins raise all sorts, and one image must not end a run
         return "unreadable_image"
-    if isinstance(pair.image, Path):
-        file = str(pair.image.resolve())
-    else:
-        file = f"{store.name}/{identity}{_suffix(data)}"
+    file = str(found) if found else f"{store.name}/{identity}{_suffix(data)}"
+    if not found:
         write_atomic(store.parent / file, data)
     return {
         "stimulus_id": identity,
@@ -310,17 +309,14 @@ def check_pair(pair: Pair, source: str, root: Path, store: Path) -> dict[str, An
     }
 
 
-def _refused(file: Path, root: Path) -> str:
-    """Why a file that a source names is not opened at all; a table must not read outside the images' folder."""
+def _inside(file: Path, root: Path) -> Path | str:
+    """The file that a source names, links followed, or why it is not opened: a table must not read outside `root`."""
     try:
         resolved = file.resolve()
-    except (OSError, ValueError, RuntimeError):  # NUL in the name, too long, a loop of links
-        return "missing_image"
-    if not resolved.is_relative_to(root):
-        return "outside_folder"
-    try:
-        return "" if resolved.is_file() else "missing_image"
-    except OSError:
+        if not resolved.is_relative_to(root):
+            return "outside_folder"
+        return resolved if resolved.is_file() else "missing_image"
+    except (OSError, ValueError, RuntimeError):  # NUL in the name, a name too long, a loop of links
         return "missing_image"
 
 

@@ -15,15 +15,17 @@ from builders.stages import Work
 from daco.errors import CorpusError, FormatError
 from daco.tables import CONCEPTS, POLARITIES, read_table, table_of, write_table
 
-STOP_WORDS = frozenset(
-    "a about above across after all along also an and any are around as at away back be been before being below beside "
-    "between both but by can could did do does down during each few for from front full further get gets go going had has "
-    "have having he her here hers him his how i if in inside into is it its itself just like lot made make making many may "
-    "me more most much my near next no not of off on one onto only or other others our out over own per several she side "
-    "so some such than that the their them then there these they this those through to together too top towards two under "
-    "until up upon us use used using very via was we were what when where which while who whose will with within without "
-    "would you your three four five six seven eight nine ten another behind against it's".split()
-)
+_STOP = """
+a about above across after all along also an and any are around as at away back be been before being below
+beside between both but by can could did do does down during each few for from front full further get gets
+go going had has have having he her here hers him his how i if in inside into is it its itself just like
+lot made make making many may me more most much my near next no not of off on one onto only or other
+others our out over own per several she side so some such than that the their them then there these they
+this those through to together too top towards two under until up upon us use used using very via was we
+were what when where which while who whose will with within without would you your three four five six
+seven eight nine ten another behind against it's
+"""
+STOP_WORDS = frozenset(_STOP.split())
 """Words of captions that are no concepts of their own."""
 
 _WORD = re.compile(r"[a-z]+(?:['-][a-z]+)*")
