@@ -1,1 +1,1 @@
-"""The workshop: concepts, stimuli, directions, polarity, SAE training, atom names and evaluation, as stages of one recipe."""
+"""The workshop: concepts, stimuli, directions, polarity, SAEs, atom names, evaluation: stages of one recipe."""

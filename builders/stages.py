@@ -1,8 +1,8 @@
 """The frame every stage runs in: shards that are whole or absent, a log, counts, and a seal when it is done.
 
-Writes `out/<stage>/stage.json` (what the stage depends on), `shards/<name>/` and `done.json` (its seal: counts,
-sha256 of every file), and appends to `out/log.jsonl`. Killed at any moment, a stage loses at most the shard in
-flight.
+Writes `out/<stage>/stage.json` (what the stage depends on), `shards/<name>/` and `done.json` (its seal:
+counts, sha256 of every file), and appends to `out/log.jsonl`. Killed at any moment, a stage loses at most the
+shard in flight.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """The wheel holds only `daco`, and works installed alone in an empty environment.
 
-Builds the wheel, lists it, installs it with nothing but its dependencies, and there loads a release and steers with it.
+Builds the wheel, lists it, installs it with its dependencies alone, loads a release there and steers with it.
 """
 
 import subprocess

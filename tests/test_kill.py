@@ -1,4 +1,4 @@
-"""A run killed by SIGKILL inside every stage redoes at most the shard in flight and ends with the same bytes."""
+"""A run killed by SIGKILL inside every stage redoes at most one shard and ends with the same bytes."""
 
 import hashlib
 import json

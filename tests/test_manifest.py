@@ -1,4 +1,4 @@
-"""A manifest is read back as written, and every way it can be broken is refused with a message that names it."""
+"""A manifest is read back as written, and every way it can be broken is refused with a telling message."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_round_trip_and_reproducible_bytes(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_rule_is_named(tmp_path: Path, change: dict, message: str) -> None:
-    with pytest.raises(FormatError, match=".*") as caught:
+    with pytest.raises(FormatError) as caught:
         validate(good(tmp_path) | change)
     assert message in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Run in an environment that has only the daco wheel: load the release folder given, steer a tiny model with it."""
+"""Run where only the daco wheel is installed: load the release folder given, steer a tiny model with it."""
 
 import sys
 from importlib.metadata import distributions
