@@ -70,7 +70,7 @@ def check_card(text: str, kind: str) -> tuple[list[str], list[str]]:
         return [f"expected a mapping of metadata, got {type(data).__name__}"], []
     errors = [*_licence(data), *_lists(data), *_values(data)]
     errors += _configs(data) if kind == "datasets" else _model(data)
-    return errors, [] if "license" in data else ["no license in the metadata"]
+    return errors, []
 
 
 def _licence(data: dict[str, Any]) -> list[str]:

@@ -941,7 +941,9 @@ def client_env(url: str, home: Path, token: str | None = "hf_local") -> dict[str
         token: what the client sends; None for nobody.
     """
     keep = {
-        name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ
+        name: os.environ[name]
+        for name in ("PATH", "PYTHONPATH", "LANG", "LD_LIBRARY_PATH", "TMPDIR")
+        if name in os.environ
     }
     off = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK", "DO_NOT_TRACK")
     bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hub.server import background, client_env
 
+ROOT = Path(__file__).parents[1]
 WRITER, READER = "hf_local", "hf_local_reader"
 
 
@@ -121,7 +122,7 @@ class LocalHub:
         """Run Python code in a fresh process whose Hub this is; returns what it printed."""
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
-            env=client_env(self.url, self.home, token) | env,
+            env=client_env(self.url, self.home, token) | {"PYTHONPATH": str(ROOT)} | env,
             cwd=self.home,
             capture_output=True,
             text=True,

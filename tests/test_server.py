@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
+from daco.manifest import write_atomic
 from hub.card_rules import check_card
 from hub.store import File, Store, commit_id, git_id, tree_ids
 
@@ -168,6 +171,46 @@ def test_a_restart_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             )
             assert Path(got).read_bytes() == content
         assert not list((hub.root / "uploads").iterdir())
+
+
+def test_a_crash_before_the_last_rename_leaves_the_old_state(
+    local_hub: LocalHub,  # noqa: F811
+    api: HfApi,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head = publish(api, **{"a.txt": b"1"})
+
+    def crash(path: Path, content: bytes | str) -> None:
+        if path.name == "refs.json":
+            raise RuntimeError("the machine stops here")
+        write_atomic(path, content)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("hub.store.write_atomic", crash)
+        with pytest.raises(HfHubHTTPError) as error:
+            publish(api, **{"a.txt": b"2"})
+        assert error.value.response.status_code == 500
+    assert api.dataset_info(REPO).sha == head
+    assert ask(api.endpoint, "GET", f"/datasets/{REPO}/resolve/main/a.txt").content == b"1"
+    assert publish(api, **{"a.txt": b"2"}) != head
+
+
+def test_a_killed_server_starts_again_and_never_prints_a_token(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from hub.server import serve; serve(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "root")]
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for existed in (False, True):
+        with subprocess.Popen(command, cwd=Path(__file__).parents[1], **streams) as server:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            url = line.split()[3]
+            assert line.startswith("Hub ready at http://127.0.0.1:")
+            assert HfApi(endpoint=url, token=WRITER).repo_exists(**DATA) is existed
+            HfApi(endpoint=url, token=WRITER).create_repo(exist_ok=True, **DATA)
+            ask(url, "GET", "/api/whoami-v2", token="hf_wrong")
+            ask(url, "GET", f"/api/datasets/{REPO}", headers={"x-unknown": "1"})
+            server.kill()
+            assert "hf_" not in line + server.stdout.read()
 
 
 def test_same_content_same_commit_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,6 +561,8 @@ def test_a_truncated_or_altered_upload_is_refused(local_hub: LocalHub, api: HfAp
         href.replace(REPO, "org/no"),
     ):
         assert ask(api.endpoint, "PUT", forged, token=None, content=content).status_code in (400, 403)
+    longer = batch(api, content, len(content) + 1)["actions"]["upload"]["href"].removeprefix(api.endpoint)
+    assert "bytes, got" in ask(api.endpoint, "PUT", longer, token=None, content=content).json()["error"]
     assert ask(api.endpoint, "PUT", href, token=None, content=content).status_code == 200
     assert "actions" not in batch(api, content)
     wrong = post_commit(api, commit_body(("lfsFile", value | {"size": 1})))
