@@ -1,1 +1,1 @@
-"""The workshop: concepts, stimuli, directions, polarity, SAEs, atom names, evaluation: stages of one recipe."""
+"""The workshop: concepts, stimuli, directions, polarity, SAEs, atoms, evaluation: stages of one recipe."""

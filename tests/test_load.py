@@ -179,7 +179,7 @@ def test_a_compact_file_of_other_weights_is_refused(model_release: Path) -> None
 def test_what_is_not_there_or_of_another_kind_is_refused(dataset_release: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="expected a model release, got a dataset release"):
         daco.SteeringSAE.from_pretrained(dataset_release)
-    with pytest.raises(ArtefactNotFoundError, match="has no revision 'v9.9.9'"):
+    with pytest.raises(ArtefactNotFoundError, match="has no revision"):
         daco.SteeringSAE.from_pretrained(dataset_release, revision="v9.9.9")
     with pytest.raises(ArtefactNotFoundError, match="expected an existing folder or a repo id"):
         daco.SteeringSAE.from_pretrained(tmp_path / "no" / "where" / "at all")

@@ -1,4 +1,4 @@
-"""A shard is whole or absent, a finished stage is skipped, a changed recipe or upstream stage starts it anew."""
+"""A shard is whole or absent, a finished stage is skipped, a changed one starts anew."""
 
 import json
 from pathlib import Path
