@@ -139,9 +139,9 @@ def fields(
     return dict.fromkeys(known) | value
 
 
-def one_of(value: str | None, allowed: Sequence[str | None], where: str) -> str | None:
+def one_of(value: Any, allowed: Sequence[Any], where: str) -> Any:
     """Refuse a value that is not among the allowed ones."""
-    if value not in allowed:
+    if not any(value == one and type(value) is type(one) for one in allowed):  # False is not 0
         raise ApiError(400, f"{where}: expected one of {list(allowed)}, got {value!r}")
     return value
 
@@ -401,7 +401,10 @@ def info(hub: Hub, call: Call) -> Response:
 def repo_facts(repo: Repo, commit: Commit, blobs: bool, security: bool) -> dict[str, Any]:
     """All there is to say about a repo at a commit."""
     card = readme_data(repo, commit)
-    facts = {"_id": hashlib.sha256(f"{repo.kind}/{repo.id}".encode()).hexdigest()[:24], "id": repo.id}
+    facts: dict[str, Any] = {
+        "_id": hashlib.sha256(f"{repo.kind}/{repo.id}".encode()).hexdigest()[:24],
+        "id": repo.id,
+    }
     facts |= {"author": repo.id.partition("/")[0], "sha": commit.id, "lastModified": DATE, "createdAt": DATE}
     facts |= repo.settings | {"disabled": False, "downloads": 0, "likes": 0, "tags": card_tags(card)}
     facts |= {"cardData": card, "usedStorage": sum(file.size for file in commit.files.values())}
@@ -436,7 +439,7 @@ def sibling(path: str, file: File, blobs: bool) -> dict[str, Any]:
     """A file as `siblings` lists it."""
     if not blobs:
         return {"rfilename": path}
-    row = {"rfilename": path, "size": file.size, "blobId": file.oid}
+    row: dict[str, Any] = {"rfilename": path, "size": file.size, "blobId": file.oid}
     lfs = {"sha256": file.sha256, "size": file.size, "pointerSize": file.pointer_size}
     return row | ({"lfs": lfs} if file.sha256 else {})
 
@@ -469,7 +472,7 @@ def commits(hub: Hub, call: Call) -> Response:
 
 def commit_row(commit: Commit, formatted: bool) -> dict[str, Any]:
     """A commit as the history lists it."""
-    row = {"id": commit.id, "title": commit.title, "message": commit.message, "date": DATE}
+    row: dict[str, Any] = {"id": commit.id, "title": commit.title, "message": commit.message, "date": DATE}
     row["authors"] = [{"user": AUTHOR}]
     return row | ({"formatted": {"title": commit.title, "message": commit.message}} if formatted else {})
 
@@ -498,7 +501,7 @@ def tree(hub: Hub, call: Call) -> Response:
         raise ApiError(
             404, f"{folder} does not exist on {call.names['rev']}", "EntryNotFound", commit_header(commit)
         )
-    left = [path for path in below if path > call.query.get("cursor", "")]
+    left = [path for path in below if path > str(call.query.get("cursor", ""))]
     size = page_size(hub, short=call.flag("expand"))
     rows = describe(repo, commit, left[:size], call.flag("expand"))
     more = next_link(call, cursor=left[size - 1]) if len(left) > size else {}

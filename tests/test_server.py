@@ -666,6 +666,7 @@ BODIES: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", f"/api/datasets/{REPO}/preupload/main", {"files": [{"path": "../a", "size": 1, "sample": ""}]}),
     ("POST", f"/api/datasets/{REPO}/preupload/main", {"files": [{"path": "a", "size": True, "sample": ""}]}),
     ("PUT", f"/api/datasets/{REPO}/settings", {"discussionsDisabled": True}),
+    ("PUT", f"/api/datasets/{REPO}/settings", {"gated": 0}),
 ]
 
 
