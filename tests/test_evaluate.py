@@ -1,0 +1,201 @@
+"""Proves the evaluation's figures against naive ones, and that no steering changes exactly nothing."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_run import LAYERS, Killed, digests, opened, small_recipe, write_corpus, write_links, write_polarity
+
+from builders import activations, atoms, directions, train_sae
+from builders import evaluate as stage
+from builders.activations import linked_stimuli, open_mllm
+from builders.corpus import open_image
+from builders.mllm import chat_inputs
+from builders.tokens import held_out
+from daco.errors import ActivationError
+
+SECTIONS = {
+    "activations": {"batch": 5, "shard_rows": 12},
+    "sae": {"n_atoms": 37, "k": 3, "steps": 12, "batch": 17, "holdout": 0.4, "learning_rate": 1e-2},
+    "atoms": {"eta": 0.2},
+    "evaluate": {"items": 7, "batch": 3, "gamma": 0.4},
+}
+
+
+def forwards(seed: int, n: int = 13, batch: int = 2) -> stage.Forward:
+    draw = torch.Generator().manual_seed(seed)
+    return stage.Forward(torch.randn(n, 2, 32, generator=draw), torch.randn(batch, 99, generator=draw))
+
+
+def test_effect_equals_the_naive_one():
+    plain, steered = forwards(1), forwards(2)
+    steered.z[:4] = plain.z[:4]
+    steered.z[4, 1] = plain.z[4, 1]  # changed at the first layer alone
+    found = stage.effect(plain, steered)
+    p, q = (torch.softmax(f.logits.double(), -1).numpy() for f in (plain, steered))
+    z, w = plain.z[:, 1].double().numpy(), steered.z[:, 1].double().numpy()
+    relative = sum(np.linalg.norm(w[i] - z[i]) / np.linalg.norm(z[i]) for i in range(13))
+    assert (found["stimuli"], found["positions"], found["changed"]) == (2, 13, 9)
+    assert found["relative_change"] == pytest.approx(relative)
+    assert found["kl"] == pytest.approx(float((p * np.log(p / q)).sum()))
+    assert found["next_token_changed"] == int((p.argmax(1) != q.argmax(1)).sum())
+
+
+def test_effect_of_nothing_is_exactly_zero():
+    plain = forwards(1)
+    found = stage.effect(plain, stage.Forward(plain.z.clone(), plain.logits.clone()))
+    assert [found[k] for k in ("changed", "relative_change", "kl", "next_token_changed")] == [0, 0, 0, 0]
+
+
+def test_averages_weigh_positions_and_stimuli():
+    one, two = stage.effect(forwards(1), forwards(2)), stage.effect(forwards(3, 5, 1), forwards(4, 5, 1))
+    found = stage.averaged([one, two])
+    assert (found["n_positions"], found["n_stimuli"]) == (18, 3)
+    assert found["kl"] == pytest.approx((one["kl"] + two["kl"]) / 3)
+    assert found["relative_change"] == pytest.approx((one["relative_change"] + two["relative_change"]) / 18)
+
+
+def test_figures_that_are_not_finite_are_refused():
+    with pytest.raises(ActivationError, match="mop: expected finite figures, got kl = nan"):
+        stage.check_finite({"changed": 0.5, "kl": float("nan")}, "mop")
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """All stages before the evaluation, for real but for corpus and links."""
+    out = tmp_path_factory.mktemp("run")
+    write_corpus(out)
+    write_links(out)
+    write_polarity(out)
+    for module in (activations, directions, train_sae, atoms):
+        name = {"builders.train_sae": "sae"}.get(module.__name__, module.__name__.split(".")[-1])
+        module.run(opened(small_recipe(**SECTIONS), out, name))
+    return out
+
+
+@pytest.fixture
+def upstream(stages, tmp_path):
+    return shutil.copytree(stages, tmp_path / "run")
+
+
+def run(out, killed_at=None, **evaluate):
+    (out / "evaluate" / "stage.json").unlink(missing_ok=True)
+    sections = SECTIONS | {"evaluate": SECTIONS["evaluate"] | evaluate}
+    stage.run(opened(small_recipe(**sections), out, "evaluate", killed_at))
+    return json.loads((out / "evaluate" / "evaluation.json").read_text())
+
+
+def test_evaluation_has_every_section_with_its_numbers(upstream):
+    found = run(upstream)
+    assert set(found) == {"suites", "sae", "retrieval", "steering"}
+    held = [s for s in linked(upstream) if held_out(s.stimulus_id, 0.4)]
+    assert len(held) > 7
+    assert set(found["steering"]) == {"none", "actadd", "mop", "daco"}
+    assert all(figures["n_stimuli"] == 7 for figures in found["steering"].values())
+    counts = json.loads((upstream / "evaluate" / "done.json").read_text())["counts"]
+    assert counts == {"in": len(held), "out": 7, "skipped": {"over_limit": len(held) - 7}}
+
+
+def linked(out):
+    return linked_stimuli(out / "corpus", out / "stimuli" / "links.parquet")
+
+
+def test_no_steering_changes_exactly_nothing_and_steering_does(upstream):
+    steering = run(upstream)["steering"]
+    zero = {"changed", "relative_change", "kl", "next_token_changed"}
+    assert {steering["none"][key] for key in zero} == {0.0}
+    for method in ("actadd", "daco"):
+        assert steering[method]["changed"] == 1.0  # both shift every position, gamma > 0
+        assert steering[method]["relative_change"] > 1e-3
+        assert steering[method]["kl"] > 0
+
+
+def test_sae_figures_are_those_of_the_training(upstream):
+    figures = run(upstream)["sae"]
+    for layer in LAYERS:
+        table = pq.read_table(upstream / "sae" / f"layers.{layer}" / "training.parquet").to_pylist()
+        assert figures[str(layer)]["fve"] == table[-1]["fve"]
+        assert figures[str(layer)]["fve_at_start"] == table[0]["fve"]
+        assert figures[str(layer)]["n_tokens"] == table[-1]["tokens"] > 50
+
+
+def test_retrieval_equals_the_naive_medians(upstream):
+    frame = pd.DataFrame(pq.read_table(upstream / "stimuli" / "links.parquet").to_pylist())
+    found = run(upstream)["retrieval"]
+    for role in ("positive", "negative"):
+        rows = frame[frame.role == role]
+        assert found[role]["n_links"] == len(rows) == 33
+        assert found[role]["median_sim_text"] == pytest.approx(float(np.median(rows.sim_text)))
+        assert found[role]["median_dist"] == pytest.approx(float(np.median(rows.dist)))
+
+
+def test_batches_do_not_change_the_figures(upstream):
+    one, other = (run(upstream, batch=batch)["steering"] for batch in (3, 7))
+    for method, figures in one.items():
+        for key in ("n_positions", "n_stimuli"):
+            assert figures[key] == other[method][key]
+        for key in ("relative_change", "kl"):
+            assert figures[key] == pytest.approx(other[method][key], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_killed_and_resumed_equals_undisturbed(upstream, at):
+    run(upstream)
+    expected = digests(upstream / "evaluate")
+    with pytest.raises(Killed):
+        run(upstream, killed_at=at)
+    stage.run(opened(small_recipe(**SECTIONS), upstream, "evaluate"))
+    assert digests(upstream / "evaluate") == expected
+
+
+def test_a_hook_that_is_left_behind_is_noticed(upstream, monkeypatch):
+    model, processor = open_mllm(small_recipe().model, upstream / "activations")
+    stimuli = linked(upstream)[:2]
+    inputs = chat_inputs(processor, [s.caption for s in stimuli], [open_image(s.file) for s in stimuli])
+    real, calls = stage.forward, []
+
+    def leaky(model, inputs, layers):
+        if len(calls) == 0:
+            calls.append(1)
+            plain = real(model, inputs, layers)
+            model.get_decoder().layers[1].register_forward_hook(lambda m, a, out: out * 1.01)
+            return plain
+        return real(model, inputs, layers)
+
+    monkeypatch.setattr(stage, "forward", leaky)
+    with pytest.raises(ActivationError, match="expected no trace of steering"):
+        stage.evaluate_batch(model, inputs, LAYERS, {})
+
+
+def test_no_held_out_stimulus_is_refused(upstream):
+    with pytest.raises(ActivationError, match="expected held-out stimuli, got none"):
+        stage.run(opened(small_recipe(**SECTIONS | {"sae": {"holdout": 0.0}}), upstream, "evaluate"))
+
+
+def test_what_fired_most_is_counted_over_all_batches(upstream):
+    daco = run(upstream)["steering"]["daco"]
+    assert daco["method"] == "SAE steering, eta 0.2, gamma 0.4"
+    table = pq.read_table(upstream / "atoms" / "layers.1" / "atoms.parquet").to_pylist()
+    undesirable = {
+        f"1/{row['atom']} {row['nearest_concepts'][0]}" for row in table if row["polarity"] == "undesirable"
+    }
+    counts = dict(text.rsplit(": ", 1) for text in daco["fired_most"])
+    assert list(map(int, counts.values())) == sorted(map(int, counts.values()), reverse=True)
+    assert {name for name in counts if name.startswith("1/")} <= undesirable
+    assert 0 < len(counts) <= daco["n_fired"]
+    assert max(map(int, counts.values())) <= daco["n_positions"]
+
+
+def test_nothing_labelled_is_an_exact_no_op(upstream):
+    for layer in LAYERS:
+        path = upstream / "atoms" / f"layers.{layer}" / "atoms.parquet"
+        table = pq.read_table(path)
+        neutral = pa.array(["neutral"] * table.num_rows)
+        pq.write_table(table.set_column(1, "polarity", neutral), path)
+    daco = run(upstream)["steering"]["daco"]
+    assert [daco[key] for key in ("changed", "relative_change", "kl", "n_fired")] == [0, 0, 0, 0]
