@@ -4,6 +4,7 @@ Reads `corpus/stimuli.parquet` and its images; writes `model/` (a `transformers.
 `training.parquet` and `facts.json`. With `recipe.clip.model` set it trains nothing and writes `facts.json` only.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,7 +53,9 @@ WHOLE = 0.2
 
 MAX_LOGIT_SCALE = math.log(100)
 
-CURVE = pa.schema([("step", pa.int32()), ("loss", pa.float32()), ("accuracy", pa.float32()), ("rate", pa.float32())])
+CURVE = pa.schema(
+    [("step", pa.int32()), ("loss", pa.float64()), ("accuracy", pa.float64()), ("rate", pa.float64())]
+)
 """Columns of `training.parquet`: accuracy is the share of a batch's images whose best text is a true one."""
 
 
@@ -121,38 +124,30 @@ def clip_of(work: Work) -> Clip:
 
 
 def train_tokenizer(captions: Sequence[str], vocabulary: int) -> CLIPTokenizer:
-    """A CLIP tokenizer (lower case, byte-level BPE with `</w>`) whose merges come from `captions`."""
+    """A CLIP tokenizer (lower case, byte-level BPE) of at most `vocabulary` tokens, merged from `captions`; the 514 of bytes
+    and ends are always there."""
     untrained = CLIPTokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     tokenizer.normalizer, tokenizer.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
+    letters = byte_alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 2 - 256,  # room for what is added below
+        vocab_size=vocabulary - 2,
         end_of_word_suffix="</w>",
-        initial_alphabet=byte_alphabet(),
+        initial_alphabet=letters,
+        # Every byte may end a word, also an unseen one; naming these fixes their ids, which break ties of merges.
+        special_tokens=[f"{letter}</w>" for letter in letters],
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
     learnt = tokenizer.get_vocab()
-    # Every byte also ends words, else a rare last letter would be unknown; two special tokens come last, as in CLIP.
-    tokens = sorted(learnt, key=learnt.__getitem__)
-    tokens += [end for letter in byte_alphabet() if (end := f"{letter}</w>") not in learnt]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    merges = [tuple(merge) for merge in _merges(tokenizer)]
+    tokens = [*sorted(learnt, key=learnt.__getitem__), "<|startoftext|>", "<|endoftext|>"]
+    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     return CLIPTokenizer({t: i for i, t in enumerate(tokens)}, merges, model_max_length=MAX_TOKENS)
 
 
 def byte_alphabet() -> list[str]:
     """The 256 characters that stand for bytes in byte-level BPE, sorted."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return sorted(ByteLevel.alphabet())
-
-
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
-
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def tiny_processor(config: ClipConfig, captions: Sequence[str]) -> CLIPProcessor:
