@@ -72,8 +72,8 @@ def effect(plain: Forward, steered: Forward) -> dict[str, float]:
 
     Returns:
         `stimuli`, `positions`; `changed`, positions whose stream differs at any layer; `relative_change`, the
-        sum of ||z' - z|| / ||z|| after the last layer; `kl`, the sum of KL(plain || steered) of the next token
-        in nats; `next_token_changed`, stimuli whose likeliest next token is another.
+        sum of ||z' - z|| / ||z|| after the last layer; `kl`, the sum of KL(plain || steered) of the next
+        token in nats; `next_token_changed`, stimuli whose likeliest next token is another.
     """
     moved = (steered.z[:, -1] - plain.z[:, -1]).double().norm(dim=-1) / plain.z[:, -1].double().norm(dim=-1)
     p, q = (f.logits.double().log_softmax(-1) for f in (plain, steered))
