@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import torch
-from daco.capture import capture
-from daco.sites import ModelFacts, image_token_ids
 from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,8 +23,10 @@ from builders.recipe import ModelConfig
 from builders.stages import Work, summed_counts
 from builders.tiny import tiny_mllm
 from builders.tokens import keep_tokens
+from daco.capture import capture
 from daco.errors import ActivationError
 from daco.manifest import canonical_json, write_atomic
+from daco.sites import ModelFacts, image_token_ids
 
 
 class Stimulus(NamedTuple):
@@ -123,7 +123,7 @@ def linked_stimuli(corpus: Path, links: Path) -> list[Stimulus]:
 
 
 def open_mllm(config: ModelConfig, activations: Path) -> tuple[Any, Any]:
-    """The recipe's model and processor, on the GPU where there is one; a tiny one from `activations/model`."""
+    """The recipe's model and processor, on the GPU where there is one; a tiny one from its folder."""
     place = activations / "model" if config.tiny else config.id
     model, processor = load_mllm(str(place), None if config.tiny else config.revision, config.dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
