@@ -16,6 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 from safetensors.numpy import load_file
 
+from builders.corpus import image_file
 from builders.pipeline import stage_names
 from builders.recipe import Recipe
 from builders.stages import done
@@ -27,6 +28,13 @@ STIMULI_SHOWN = 6
 ATOMS_SHOWN = 4
 """Atoms shown of each layer and polarity: the ones with the largest cosine to their centroid."""
 THUMBNAIL = 96
+STEERING_COLUMNS = {
+    "changed": "positions changed",
+    "relative_change": "size of the change / size of the activation",
+    "kl": "KL of the next token",
+    "next_token_changed": "next token changed",
+}
+"""Figures of `evaluation.json` shown for each method."""
 
 
 def report_html(out: Path, recipe: Recipe, published: dict[str, Any]) -> str:
@@ -83,13 +91,15 @@ def _concepts(out: Path) -> list[dict[str, Any]]:
     for polarity, n in CONCEPTS_SHOWN.items():
         for row in concepts[concepts["polarity"] == polarity].head(n).itertuples():
             found = positives[positives["concept_id"] == row.concept_id].sort_values("rank")
-            pictures = [_stimulus(stimuli.loc[link.stimulus_id], link.dist) for link in found.itertuples()]
+            pictures = [
+                _stimulus(out, stimuli.loc[link.stimulus_id], link.dist) for link in found.itertuples()
+            ]
             shown.append({"name": row.concept, "polarity": polarity, "stimuli": pictures})
     return shown
 
 
-def _stimulus(row: Any, dist: float) -> dict[str, Any]:
-    with Image.open(row["file"]) as image:
+def _stimulus(out: Path, row: Any, dist: float) -> dict[str, Any]:
+    with Image.open(image_file(out / "corpus", row["file"])) as image:
         small = image.convert("RGB")
         small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
@@ -143,22 +153,13 @@ def _atom(layer: int, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steering(out: Path) -> dict[str, Any]:
-    evaluation = json.loads((out / "evaluate" / "evaluation.json").read_text("utf-8"))
-    methods = evaluation["steering"]
-    columns = sorted(
-        {name for row in methods.values() for name, value in row.items() if isinstance(value, dict)}
-    )
+    methods = json.loads((out / "evaluate" / "evaluation.json").read_text("utf-8"))["steering"]
+    note = "Measured on {:,} held-out pairs, each method on, against the same model left alone."
     return {
-        "steering_note": "Measured on held-out pairs with each method on, against the same model left alone.",
-        "steering_columns": [name.replace("_", " ") for name in columns],
+        "steering_note": note.format(max(row["n_stimuli"] for row in methods.values())),
+        "steering_columns": list(STEERING_COLUMNS.values()),
         "steering": [
-            {"method": method, "values": [_figure(row.get(name)) for name in columns]}
-            for method, row in methods.items()
+            {"method": row["method"], "values": [f"{row[name]:.3g}" for name in STEERING_COLUMNS]}
+            for row in methods.values()
         ],
     }
-
-
-def _figure(value: Any) -> str:
-    if not isinstance(value, dict):
-        return "not run"
-    return f"{value['value']:.4g} (n {value['n']:,})"

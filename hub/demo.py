@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from builders.corpus import image_file
 from builders.pipeline import run as run_pipeline
 from builders.recipe import Recipe, load_recipe, repo_id
 from cards.report import report_html
@@ -70,7 +71,8 @@ def read_back(out: Path, recipe: Recipe, url: str) -> str:
     stimulus = pd.read_parquet(out / "corpus" / "stimuli.parquet").iloc[0]
     repos = [repo_id(recipe, kind) for kind in ("dataset", "model")]
     tag, model = f"v{recipe.release.version}", out / "activations" / "model"
-    arguments = [*repos, tag, model, stimulus["caption"], stimulus["file"]]
+    picture = image_file(out / "corpus", stimulus["file"])
+    arguments = [*repos, tag, model.resolve(), stimulus["caption"], picture.resolve()]
     command = [sys.executable, "-m", "hub.demo_client", *map(str, arguments)]
     environment = client_env(url, cache.resolve())
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -85,4 +87,6 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(demo)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(demo)
+    app()
