@@ -91,7 +91,7 @@ def averaged(sums: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Figures from the sums of batches: a mean a position or a stimulus, and how many there were of each."""
     total: Counter[str] = Counter()
     for batch in sums:
-        total.update(batch)  # type: ignore[arg-type]
+        total.update(batch)
     positions, stimuli = total["positions"], total["stimuli"]
     return {
         "n_stimuli": stimuli,
