@@ -1,7 +1,8 @@
-"""Stage `clip`: the CLIP that embeds images and texts; loads any CLIP or SigLIP, or trains a tiny one on the corpus.
+"""Stage `clip`: the CLIP that embeds images and texts: any CLIP or SigLIP, or a tiny one trained here.
 
-Reads `corpus/stimuli.parquet` and its images; writes `model/` (a `transformers.CLIPModel` with its processor),
-`training.parquet` and `facts.json`. With `recipe.clip.model` set it trains nothing and writes `facts.json` only.
+Reads `corpus/stimuli.parquet` and its images; writes `model/` (a `transformers.CLIPModel` and its processor),
+`training.parquet` and `facts.json`. With `recipe.clip.model` set it trains nothing and writes only
+`facts.json`.
 """
 
 import json
@@ -45,7 +46,7 @@ MAX_TOKENS = 48
 """Positions of the tiny CLIP's text tower."""
 
 MARGIN = 8
-"""Training images are cached one part in `MARGIN` larger than they are seen, which leaves room for random crops."""
+"""Training images are cached one part in `MARGIN` larger than they are seen: room for random crops."""
 
 WEIGHT_DECAY = 0.1
 WHOLE = 0.2
@@ -76,7 +77,7 @@ class Clip:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings [n, d] in float32; padded to the full length, so that a text's numbers depend on it alone."""
+        """Unit embeddings [n, d] in float32; padding is always full: a text's row depends on it alone."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(
             list(texts),
@@ -110,22 +111,30 @@ def load_clip(name: str | Path, revision: str = "") -> Clip:
             f"expected a CLIP or SigLIP at {str(name)!r}, got {error}; check clip.model and clip.revision"
         ) from error
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-        raise UnsupportedModelError(f"{name}: expected a CLIP or SigLIP, got {type(model).__name__}; choose another")
+        raise UnsupportedModelError(
+            f"{name}: expected a CLIP or SigLIP, got {type(model).__name__}; choose another"
+        )
     return Clip(model, processor)
 
 
 def clip_of(work: Work) -> Clip:
     """The run's CLIP: the recipe's model, or the one that stage `clip` trained."""
     config = work.recipe.clip
-    return load_clip(config.model, config.revision) if config.model else load_clip(work.upstream("clip") / "model")
+    return (
+        load_clip(config.model, config.revision)
+        if config.model
+        else load_clip(work.upstream("clip") / "model")
+    )
 
 
 # The tiny CLIP.
 
 
 def train_tokenizer(captions: Sequence[str], vocabulary: int) -> CLIPTokenizer:
-    """A CLIP tokenizer (lower case, byte-level BPE) of at most `vocabulary` tokens, merged from `captions`; the 514 of bytes
-    and ends are always there."""
+    """A CLIP tokenizer (lower case, byte-level BPE) of at most `vocabulary` tokens, from `captions`.
+
+    The 514 tokens of bytes and ends are always there.
+    """
     untrained = CLIPTokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     tokenizer.normalizer, tokenizer.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
@@ -134,7 +143,8 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int) -> CLIPTokenizer:
         vocab_size=vocabulary - 2,
         end_of_word_suffix="</w>",
         initial_alphabet=letters,
-        # Every byte may end a word, also an unseen one; naming these fixes their ids, which break ties of merges.
+        # Every byte may end a word, also an unseen one; named here, their ids are fixed, which break ties of
+        # merg
         special_tokens=[f"{letter}</w>" for letter in letters],
         show_progress=False,
     )
@@ -151,7 +161,7 @@ def byte_alphabet() -> list[str]:
 
 
 def tiny_processor(config: ClipConfig, captions: Sequence[str]) -> CLIPProcessor:
-    """The tiny CLIP's processor: its tokenizer trained on `captions`, images of `config.image_size` pixels."""
+    """The tiny CLIP's processor: a tokenizer trained on `captions`, images of `config.image_size` pixels."""
     side = config.image_size
     images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return CLIPProcessor(images, train_tokenizer(captions, config.vocabulary))
@@ -183,7 +193,7 @@ def tiny_model(config: ClipConfig, tokenizer: CLIPTokenizer, seed: int) -> CLIPM
 
 
 def is_held_out(stimulus_id: str, share: float) -> bool:
-    """Whether a stimulus is kept out of training: by its id alone, so that a growing corpus never moves one."""
+    """Whether a stimulus is kept out of training; its id alone decides, however the corpus grows."""
     return int(stimulus_id[:8], 16) < share * 2**32
 
 
@@ -218,7 +228,7 @@ def augment(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
 
 
 def sample_texts(captions: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """A text for every caption of a batch: whole captions in one batch of five, else parts, which are short and cheap."""
+    """A text for every caption of a batch: whole ones in one batch of five, else parts (short, cheap)."""
     if rng.random() < WHOLE:
         return list(captions)
     return [sample_part(caption, rng) for caption in captions]
@@ -227,8 +237,8 @@ def sample_texts(captions: Sequence[str], rng: np.random.Generator) -> list[str]
 def sample_part(caption: str, rng: np.random.Generator) -> str:
     """Part of a caption, so that single words learn their images too.
 
-    A caption of comma-joined parts gives its first part (the name) half of the time, else up to three of its parts; a
-    plain sentence gives a run of its words.
+    A caption of comma-joined parts gives its first part (the name) half of the time, else up to three of its
+    parts; a plain sentence gives a run of its words.
     """
     parts = [part.strip() for part in caption.split(",") if part.strip()]
     if len(parts) > 1:
@@ -243,7 +253,7 @@ def sample_part(caption: str, rng: np.random.Generator) -> str:
 
 
 def truth(texts: Sequence[str], captions: Sequence[str]) -> Tensor:
-    """[n, n] bool: row i, column j says whether text j is true of image i, that is all its words are in caption i."""
+    """[n, n] bool: row i, column j says that text j is true of image i: all its words are in caption i."""
     asked, known = ([frozenset(re.findall(r"\w+", t.lower())) for t in side] for side in (texts, captions))
     true = torch.tensor([[words <= caption for words in asked] for caption in known])
     return true | torch.eye(len(texts), dtype=torch.bool)
@@ -310,7 +320,9 @@ class Trainer:
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
+        self.adam = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True
+        )
         normal = self.processor.image_processor
         self.mean = torch.tensor(normal.image_mean).view(3, 1, 1)
         self.std = torch.tensor(normal.image_std).view(3, 1, 1)
@@ -367,7 +379,9 @@ class Trainer:
             state = self.adam.state[parameter]
             tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
             tensors[f"weight.{name}"] = parameter.detach()
-        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "checkpoint.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, folder / "checkpoint.safetensors"
+        )
         write_table(folder / "training.parquet", pa.Table.from_pylist(self.curve, schema=CURVE))
 
     def restore(self, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Stage `corpus`: reads caption-image pairs from any source, checks every one, and gives it its id.
 
-Reads a folder, a table, a COCO captions file, a `datasets` data set or the drawn world; writes `stimuli.parquet` (one row a
-usable unique pair), `source.json` (licence facts) and, where the source has no image files, `images/`.
+Reads a folder, a table, a COCO captions file, a `datasets` data set or the drawn world; writes
+`stimuli.parquet` (one row a usable unique pair), `source.json` (licence facts) and, where the source has no
+image files, `images/`.
 """
 
 import csv
@@ -30,7 +31,7 @@ from daco.manifest import canonical_json, write_atomic
 from daco.tables import STIMULI, read_table, table_of, write_table
 
 ROWS = STIMULI.append(pa.field("file", pa.string()))
-"""Columns of `stimuli.parquet`; `file` is absolute, or relative to the stage's folder for images stored there."""
+"""Columns of `stimuli.parquet`; `file` is absolute, or relative to the stage's folder where stored there."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """Endings of files that count as images in a folder."""
@@ -63,12 +64,12 @@ def stimulus_id(source: str, key: str) -> str:
 
 
 def clean_caption(text: object) -> str:
-    """`text` with runs of white space, control characters and lone surrogates as one space; nothing else is touched."""
+    """`text` with each run of white space, control characters and lone surrogates as one space."""
     return _BLANK.sub(" ", text).strip() if isinstance(text, str) else ""
 
 
 def open_image(file: Path | bytes) -> Image.Image:
-    """Decode an image wholly, as RGB; transparent parts are laid on white, and of an animation the first frame counts.
+    """Decode an image wholly, as RGB; transparent parts lie on white, of an animation the first frame counts.
 
     Raises:
         Exception: whatever Pillow's plug-ins raise on a broken file; they agree on no class.
@@ -310,7 +311,7 @@ def check_pair(pair: Pair, source: str, root: Path, store: Path) -> dict[str, An
 
 
 def _inside(file: Path, root: Path) -> Path | str:
-    """The file that a source names, links followed, or why it is not opened: a table must not read outside `root`."""
+    """The file that a source names, links followed, or why it is not opened (outside `root`)."""
     try:
         resolved = file.resolve()
         if not resolved.is_relative_to(root):
@@ -384,7 +385,7 @@ def _join(work: Work, config: CorpusConfig, store: Path) -> None:
     if not table.num_rows:
         raise CorpusError(
             f"expected at least one readable image with a caption, got none in {n_in} rows of corpus.kind "
-            f"{config.kind!r} at {config.path!r} (skipped: {dict(skipped)}); check corpus.path and corpus.images"
+            f"{config.kind!r} at {config.path!r} (skipped: {dict(skipped)}); check corpus.path, corpus.images"
         )
     kept = set(table["file"].to_pylist())
     for file in store.iterdir():

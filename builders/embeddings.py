@@ -1,7 +1,8 @@
 """Stage `embeddings`: image and caption embeddings of the corpus, in clip-retrieval's folder format.
 
-Reads `corpus/stimuli.parquet` with its images and the run's CLIP, or a folder that `clip-retrieval inference` wrote; writes
-`img_emb/img_emb_0.npy`, `text_emb/text_emb_0.npy` (float16 unit rows) and `metadata/metadata_0.parquet` (stimulus_id, caption).
+Reads `corpus/stimuli.parquet` with its images and the run's CLIP, or a folder that `clip-retrieval inference`
+wrote; writes `img_emb/img_emb_0.npy`, `text_emb/text_emb_0.npy` (float16 unit rows) and
+`metadata/metadata_0.parquet` (stimulus_id, caption).
 """
 
 import re
@@ -77,8 +78,8 @@ def embed_pairs(
     """Embed pairs in batches.
 
     Returns:
-        Image rows [m, d], text rows [m, d] and which of the n pairs they are ([n], m of them true): the image of the
-        others could not be read.
+        Image rows [m, d], text rows [m, d] and which of the n pairs they are ([n], m of them true): the image
+        of the others could not be read.
     """
     images: list[Any] = []
     readable = np.zeros(len(files), dtype=bool)
@@ -98,7 +99,7 @@ def embed_pairs(
 def _try_open(file: Path) -> Any:
     try:
         return open_image(file)
-    except Exception:  # it could be read when the corpus was; a file that went away since is counted, not fatal
+    except Exception:  # it was readable once; a file that went away since is counted, not fatal
         return None
 
 
@@ -139,7 +140,9 @@ def clip_retrieval_parts(folder: Path) -> list[tuple[Path, Path, Path]]:
             raise CorpusError(f"{folder}: expected {missing}, got none; embed images and texts")
         parts.append((arrays[0], arrays[1], metadata))
     if not parts:
-        raise CorpusError(f"expected a clip-retrieval folder with metadata/*.parquet, got {folder}; set embeddings.path")
+        raise CorpusError(
+            f"expected a clip-retrieval folder with metadata/*.parquet, got {folder}; set embeddings.path"
+        )
     return parts
 
 
@@ -180,14 +183,18 @@ class Join:
         return found[0] if found else "unknown_row"
 
 
-def read_part(images: Path, texts: Path, metadata: Path, join: Join) -> tuple[Half, Half, list[int], Counter[str]]:
-    """Rows of one clip-retrieval part that belong to stimuli, unit and finite, with their stimulus indices and counts."""
+def read_part(
+    images: Path, texts: Path, metadata: Path, join: Join
+) -> tuple[Half, Half, list[int], Counter[str]]:
+    """Unit rows of one clip-retrieval part that belong to stimuli, the indices of those, and counts."""
     rows = pq.read_table(metadata).to_pylist()
     counts: Counter[str] = Counter({"in": len(rows)})
     try:
         sides = (_load(images), _load(texts))
         if not len(rows) == len(sides[0]) == len(sides[1]):
-            raise ValueError(f"{len(rows)} metadata rows, {len(sides[0])} image rows, {len(sides[1])} text rows")
+            raise ValueError(
+                f"{len(rows)} metadata rows, {len(sides[0])} image rows, {len(sides[1])} text rows"
+            )
     except (OSError, ValueError, EOFError):  # truncated, not an array, or not the metadata's
         counts["unreadable_part"] = len(rows)
         return np.empty((0, 0), np.float16), np.empty((0, 0), np.float16), [], counts
@@ -248,7 +255,9 @@ def _read_shards(work: Work, stimuli: pa.Table) -> None:
             _write_shard(folder, images, texts, np.array(indices, dtype=np.int64), counts)
 
 
-def _write_shard(folder: Path, images: Half, texts: Half, indices: NDArray[Any], counts: Counter[str]) -> None:
+def _write_shard(
+    folder: Path, images: Half, texts: Half, indices: NDArray[Any], counts: Counter[str]
+) -> None:
     for name, array in (("images", images), ("texts", texts), ("indices", indices)):
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     write_atomic(folder / "counts.json", canonical_json(counts))

@@ -1,7 +1,7 @@
-"""Stage `polarity`: labels every linked concept desirable, undesirable or neutral, and says where the label is from.
+"""Stage `polarity`: labels every linked concept desirable, undesirable or neutral, and says why.
 
-Reads `concepts/concepts.parquet`, `stimuli/links.parquet` and a TSV of labels; writes `concepts.parquet` (complete) and
-`facts.json` (how many of each, and how many labels disagreed).
+Reads `concepts/concepts.parquet`, `stimuli/links.parquet` and a TSV of labels; writes `concepts.parquet`
+(complete) and `facts.json` (how many of each, and how many labels disagreed).
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ WORDS = Path(__file__).resolve().parent.parent / "recipes" / "polarity_words.tsv
 
 
 def read_labels(path: Path) -> tuple[dict[str, str], int]:
-    """Labels of a TSV (columns concept, polarity) by concept_id or slug, and how many rows contradict an earlier one.
+    """Labels of a TSV (columns concept, polarity) by concept_id or slug, and how many rows contradict others.
 
     Raises:
         CorpusError: no table at `path`, or it lacks one of the columns.

@@ -1,7 +1,7 @@
 """Stage `stimuli`: the positives and negatives of every concept (Eq. 4 of arXiv 2604.08846).
 
-Reads `concepts/concepts.parquet`, `embeddings/` and the run's CLIP; writes `links.parquet`. The corpus is passed over in
-blocks, and only the best of each concept are kept: no [concepts, corpus] matrix ever exists.
+Reads `concepts/concepts.parquet`, `embeddings/` and the run's CLIP; writes `links.parquet`. The corpus is
+passed over in blocks, and only the best of each concept are kept: no [concepts, corpus] matrix ever exists.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Scores(NamedTuple):
     def closeness(self) -> Floats:
         """Product of the clamped cosines, computed in float64 and rounded to float32.
 
-        The rounding swallows the last bits, in which machines and block sizes differ: equal pairs tie everywhere alike.
+        The rounding swallows the last bits, in which machines and blocks differ: equal pairs tie everywhere.
         """
         product = np.maximum(self.image, FLOOR) * np.maximum(self.text, FLOOR)
         return product.astype(np.float32)
@@ -71,7 +71,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is searched: embeddings, and the place of every row in the order of stimulus ids (which breaks ties)."""
+    """What is searched: embeddings, and every row's place in the order of stimulus ids, which breaks ties."""
 
     images: Half
     texts: Half
@@ -88,14 +88,17 @@ class Corpus:
 def embed_concepts(clip: Clip, concepts: Sequence[str], template: str, batch: int = 64) -> Floats:
     """Unit text embeddings [n, d], float32, of `template` with each concept in place of `{concept}`."""
     texts = [template.replace("{concept}", concept) for concept in concepts]
-    return np.concatenate([clip.embed_texts(texts[i : i + batch]).numpy() for i in range(0, len(texts), batch)])
+    return np.concatenate(
+        [clip.embed_texts(texts[i : i + batch]).numpy() for i in range(0, len(texts), batch)]
+    )
 
 
 def exact_scores(queries: Floats, corpus: Corpus, rows: Ints, columns: Ints) -> Scores:
     """Float64 cosines of pairs (queries[rows[i]], stimulus columns[i])."""
     asked = queries[rows].astype(np.float64)
     image, text = (
-        np.einsum("nd,nd->n", asked, side[columns].astype(np.float64)) for side in (corpus.images, corpus.texts)
+        np.einsum("nd,nd->n", asked, side[columns].astype(np.float64))
+        for side in (corpus.images, corpus.texts)
     )
     return Scores(image, text)
 
@@ -133,7 +136,9 @@ def nearest(
 
 def _rough(asked: Tensor, corpus: Corpus, block: slice, margin: float) -> Tensor:
     """Float32 product of clamped cosines [n, block]; -1 where a cosine is surely not positive."""
-    image, text = (asked @ torch.from_numpy(side[block].astype(np.float32)).T for side in (corpus.images, corpus.texts))
+    image, text = (
+        asked @ torch.from_numpy(side[block].astype(np.float32)).T for side in (corpus.images, corpus.texts)
+    )
     hopeless = (image <= -margin) | (text <= -margin)
     return (image.clamp_(min=FLOOR) * text.clamp_(min=FLOOR)).masked_fill_(hopeless, -1.0)
 
@@ -157,7 +162,9 @@ def _merge(
         if start == end:
             continue
         found = np.concatenate([best[query], columns[start:end]])
-        both = Scores(*(np.concatenate(pair) for pair in zip(scores[query], exact.at(slice(start, end)), strict=True)))
+        both = Scores(
+            *(np.concatenate(pair) for pair in zip(scores[query], exact.at(slice(start, end)), strict=True))
+        )
         order = np.lexsort((corpus.place[found], -both.closeness))[:k]
         best[query], scores[query] = found[order], both.at(order)
 
@@ -188,8 +195,8 @@ def draw_negatives(
     farther = order[len(pool) // 2 :]
     farther = farther[~np.isin(pool[farther], positives)]
     digest = hashlib.sha256(f"{seed}\0{concept_id}".encode()).digest()
-    drawn = np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(len(farther))[: len(positives)]
-    chosen = farther[np.sort(drawn)]
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    chosen = farther[np.sort(rng.permutation(len(farther))[: len(positives)])]
     return pool[chosen], scores.at(chosen)
 
 
@@ -319,8 +326,9 @@ def _join(work: Work, n_stimuli: int) -> None:
     links = pa.concat_tables([read_table(shard / "links.parquet", LINKS) for shard in work.shards()])
     if not links.num_rows:
         raise CorpusError(
-            f"expected a concept with at least {work.recipe.stimuli.min_positive} positives and one negative among "
-            f"{n_stimuli} stimuli, got none of {n_in}; give a larger corpus or lower stimuli.min_positive"
+            f"expected a concept with at least {work.recipe.stimuli.min_positive} positives and one negative "
+            f"among {n_stimuli} stimuli, got none of {n_in}; "
+            "give a larger corpus or lower stimuli.min_positive"
         )
     write_table(work.folder / "links.parquet", links)
     work.drop_shards()

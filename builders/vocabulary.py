@@ -1,7 +1,7 @@
 """Stage `concepts`: the vocabulary of the dictionary, from the captions themselves or from a table.
 
-Reads `corpus/stimuli.parquet` (captions) or a TSV; writes `concepts.parquet`, whose polarity is filled by a later stage
-(a table's own labels are passed on).
+Reads `corpus/stimuli.parquet` (captions) or a table; writes `concepts.parquet`, whose polarity a later stage
+fills (a table's own labels are passed on).
 """
 
 import re
@@ -44,10 +44,10 @@ def words(text: str) -> list[str]:
 
 
 def caption_name(caption: str) -> str:
-    """The name that a caption of the form `name, keyword, keyword` gives its image, when it is a single word, else "".
+    """The name in a caption of the form `name, keyword, keyword`, when it is a single word, else "".
 
-    A caption counts as such a list when at least half of its comma-joined parts are single words: a sentence with a
-    comma in it is none.
+    A caption counts as such a list when at least half of its comma-joined parts are single words: a sentence
+    with a comma in it is none.
     """
     parts = [part.strip().lower() for part in caption.split(",")]
     single = sum(" " not in part for part in parts)
@@ -59,7 +59,7 @@ def caption_name(caption: str) -> str:
 def from_captions(
     captions: Iterable[str], min_count: int, max_concepts: int
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Concepts of captions: words that at least `min_count` captions have, and names, which need no second caption.
+    """Concepts of captions: words that at least `min_count` captions have, and names, however rare.
 
     Returns:
         Rows of CONCEPTS, the most frequent first and ties by word, and counts of what was skipped.

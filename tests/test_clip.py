@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import make_folder, tiny_recipe
 from PIL import Image
+from small_run import Killed, digests, opened
 
 from builders import clip, corpus
 from builders.clip import (
@@ -27,8 +29,6 @@ from builders.recipe import Recipe
 from builders.stages import Work, done
 from daco.errors import ActivationError, ArtefactNotFoundError, CorpusError, UnsupportedModelError
 from daco.tables import read_table
-from pictures import make_folder, tiny_recipe
-from small_run import Killed, digests, opened
 
 CAPTIONS = ["knife, red, sharp thing", "a blue ball on the beach", "heart, green"]
 
@@ -61,7 +61,9 @@ def test_the_stage_writes_a_model_a_curve_and_counts(trained: tuple[Recipe, Path
 
 
 @pytest.mark.parametrize("killed_at", [1, 4])
-def test_a_killed_training_resumes_to_the_same_bytes(trained: tuple[Recipe, Path], killed_at: int, tmp_path: Path) -> None:
+def test_a_killed_training_resumes_to_the_same_bytes(
+    trained: tuple[Recipe, Path], killed_at: int, tmp_path: Path
+) -> None:
     recipe, out = trained
     corpus.run(opened(recipe, tmp_path, "corpus"))
     with pytest.raises(Killed):
@@ -74,7 +76,9 @@ def test_a_killed_training_resumes_to_the_same_bytes(trained: tuple[Recipe, Path
 
 def test_a_checkpoint_restores_weights_and_moments_exactly(tmp_path: Path) -> None:
     config = tiny_recipe(tmp_path).clip
-    images = torch.randint(0, 256, (3, 3, 27, 27), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(
+        0, 256, (3, 3, 27, 27), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     first, second = (Trainer(config, images, CAPTIONS, 3) for _ in range(2))
     for _ in range(2):
         first.step()
@@ -132,7 +136,9 @@ def test_what_is_no_clip_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ArtefactNotFoundError, match="expected a CLIP or SigLIP at"):
         load_clip(tmp_path / "nowhere")
-    config = BertConfig(hidden_size=32, num_attention_heads=1, intermediate_size=37, vocab_size=99, num_hidden_layers=1)
+    config = BertConfig(
+        hidden_size=32, num_attention_heads=1, intermediate_size=37, vocab_size=99, num_hidden_layers=1
+    )
     BertModel(config).save_pretrained(tmp_path / "bert")
     train_tokenizer(CAPTIONS, 560).save_pretrained(tmp_path / "bert")
     with pytest.raises(UnsupportedModelError, match="got BertModel"):
@@ -147,13 +153,17 @@ def test_a_siglip_embeds_too(tmp_path: Path) -> None:
     text = tower | {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "projection_size": 32}
     config = SiglipConfig(text_config=text, vision_config=tower | {"image_size": 24, "patch_size": 12})
     SiglipModel(config).save_pretrained(tmp_path)
-    SiglipProcessor(SiglipImageProcessor(size={"height": 24, "width": 24}), tokenizer).save_pretrained(tmp_path)
+    SiglipProcessor(SiglipImageProcessor(size={"height": 24, "width": 24}), tokenizer).save_pretrained(
+        tmp_path
+    )
     loaded = load_clip(tmp_path)
     assert loaded.embed_images([Image.new("RGB", (13, 9))]).shape == (1, 32)
     torch.testing.assert_close(loaded.embed_texts(["a", "b c"]).norm(dim=1), torch.ones(2))
 
 
-def test_a_model_of_the_recipe_is_noted_and_nothing_trained(trained: tuple[Recipe, Path], tmp_path: Path) -> None:
+def test_a_model_of_the_recipe_is_noted_and_nothing_trained(
+    trained: tuple[Recipe, Path], tmp_path: Path
+) -> None:
     _, out = trained
     recipe = with_corpus(out.parent / "pics", tmp_path, clip={"model": str(out / "clip" / "model")})
     clip.run(opened(recipe, tmp_path, "clip"))
@@ -213,7 +223,9 @@ def test_a_text_is_true_of_every_image_whose_caption_has_its_words() -> None:
 
 def test_info_nce_ignores_true_texts_of_other_images_and_matches_a_naive_loop() -> None:
     generator = torch.Generator().manual_seed(4)
-    images, texts = (torch.nn.functional.normalize(torch.randn(5, 7, generator=generator), dim=1) for _ in range(2))
+    images, texts = (
+        torch.nn.functional.normalize(torch.randn(5, 7, generator=generator), dim=1) for _ in range(2)
+    )
     true = torch.eye(5, dtype=torch.bool)
     true[0, 3] = true[3, 0] = True
     total = 0.0

@@ -1,4 +1,4 @@
-"""Every reader yields the same rows, every bad row is counted and none is fatal, and ids and bytes are stable."""
+"""Every reader yields the same rows, bad rows are counted and never fatal, ids and bytes are stable."""
 
 import csv
 import hashlib
@@ -9,7 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pictures import make_folder, save_picture, tiny_recipe
 from PIL import Image
+from small_run import Killed, digests, opened
 
 from builders import corpus
 from builders.corpus import Pair, check_pair, clean_caption, open_image, read_pairs, stimulus_id
@@ -17,8 +19,6 @@ from builders.recipe import CorpusConfig
 from builders.stages import done
 from daco.errors import CorpusError
 from daco.tables import read_table
-from pictures import make_folder, save_picture, tiny_recipe
-from small_run import Killed, digests, opened
 
 DATA = os.environ.get("DACO_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="DACO_TEST_DATA names no folder of real data")
@@ -203,7 +203,9 @@ def test_images_of_dropped_pairs_do_not_stay(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(corpus, "read_pairs", lambda config, seed: iter(pairs))
     rows, counts = run_corpus(tmp_path / "run", tmp_path, kind="drawn", name="s")
     assert counts["skipped"] == {"duplicate_id": 1, "duplicate_pair": 1}
-    assert [p.name for p in (tmp_path / "run" / "corpus" / "images").iterdir()] == [Path(rows[0]["file"]).name]
+    assert [p.name for p in (tmp_path / "run" / "corpus" / "images").iterdir()] == [
+        Path(rows[0]["file"]).name
+    ]
 
 
 @pytest.mark.parametrize(

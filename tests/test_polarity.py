@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from pictures import tiny_recipe
+from small_run import opened
 
 from builders import polarity
 from builders.polarity import WORDS, label_concepts, read_labels
@@ -11,8 +13,6 @@ from builders.stages import Work, done
 from builders.vocabulary import concept_row
 from daco.errors import CorpusError, FormatError
 from daco.tables import CONCEPTS, LINKS, POLARITIES, read_table, table_of, write_table
-from pictures import tiny_recipe
-from small_run import opened
 
 LIST = "concept\tpolarity\nKnife\tundesirable\nshield\tdesirable\nuser:ball\tneutral\nknife\tdesirable\n"
 
@@ -57,7 +57,12 @@ def test_a_list_of_the_recipe_overrides_the_table_and_the_common_list_fills_gaps
     assert disagreements == 2
     rows, disagreements = label_concepts(concepts(), labels, "words.tsv", overrides=False)
     assert [row["polarity"] for row in rows] == ["neutral", "desirable", "desirable", "neutral"]
-    assert [row["polarity_source"] for row in rows] == ["concepts table", "words.tsv", "concepts table", "default"]
+    assert [row["polarity_source"] for row in rows] == [
+        "concepts table",
+        "words.tsv",
+        "concepts table",
+        "default",
+    ]
     assert disagreements == 2
 
 

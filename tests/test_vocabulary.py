@@ -1,16 +1,16 @@
-"""Concepts come from captions or a table in a stable order, with stable ids; duplicates and rare words are counted."""
+"""Concepts come from captions or a table, in a stable order and with stable ids; drops are counted."""
 
 from pathlib import Path
 
 import pytest
+from pictures import make_folder, tiny_recipe
+from small_run import opened
 
 from builders import corpus, vocabulary
 from builders.stages import Work, done
 from builders.vocabulary import caption_name, from_captions, from_table, slug, words
 from daco.errors import CorpusError, FormatError
 from daco.tables import CONCEPTS, read_table
-from pictures import make_folder, tiny_recipe
-from small_run import opened
 
 
 def test_words_are_lower_case_long_enough_and_no_stop_words() -> None:
@@ -34,7 +34,13 @@ def test_the_name_of_a_keyword_list_is_its_first_part(caption: str, name: str) -
 
 
 def test_frequent_words_and_names_become_concepts_in_a_stable_order() -> None:
-    captions = ["pistol, gun, weapon", "a gun, lying there on a table", "red gun", "red red red table", "rare one"]
+    captions = [
+        "pistol, gun, weapon",
+        "a gun, lying there on a table",
+        "red gun",
+        "red red red table",
+        "rare one",
+    ]
     rows, skipped = from_captions(captions, min_count=2, max_concepts=99)
     assert [row["concept"] for row in rows] == ["gun", "red", "table", "pistol"]  # by count, ties by word
     assert [row["rank"] for row in rows] == [0, 1, 2, 3]

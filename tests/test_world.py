@@ -1,4 +1,4 @@
-"""The drawn world is the same bytes every time, starts alike at every length, and draws what its captions name."""
+"""The drawn world has the same bytes every time, starts alike at every length, and draws what it says."""
 
 import hashlib
 import random
@@ -11,7 +11,10 @@ from builders.toyworld.world import CARING, COLOURS, HARMFUL, ICONS, PLACES, SID
 
 
 def digest(n: int, seed: int) -> list[str]:
-    return [hashlib.sha256(image.tobytes() + f"{text}|{key}".encode()).hexdigest() for image, text, key in draw(n, seed)]
+    return [
+        hashlib.sha256(image.tobytes() + f"{text}|{key}".encode()).hexdigest()
+        for image, text, key in draw(n, seed)
+    ]
 
 
 def test_same_seed_same_bytes_and_a_longer_corpus_starts_with_a_shorter_one() -> None:

@@ -1,6 +1,7 @@
 """The drawn corpus: simple icons in a colour, at a size, in a place, with a caption that says so.
 
-Reads and writes nothing. Every picture depends on (seed, index) alone, so that a longer corpus starts with a shorter one.
+Reads and writes nothing. Every picture depends on (seed, index) alone: a longer
+corpus starts with a shorter one.
 """
 
 import random
@@ -43,7 +44,7 @@ PAINT = {
 }
 
 Shape = tuple[Any, ...]
-"""(kind, fill, coordinates on a square of 100) and, for `line` and `arc`, a width (and for `arc` and `dome` two angles)."""
+"""(kind, fill, coordinates on a square of 100), then a width (`line`, `arc`), two angles (`arc`, `dome`)."""
 
 HARMFUL: dict[str, tuple[Shape, ...]] = {
     "knife": (
@@ -64,7 +65,11 @@ HARMFUL: dict[str, tuple[Shape, ...]] = {
         ("line", INK, (50, 34, 92, 34), 3),
     ),
     "fire": (
-        ("poly", SELF, (52, 2, 68, 28, 74, 24, 84, 54, 78, 80, 62, 97, 36, 97, 20, 80, 16, 56, 28, 34, 36, 46)),
+        (
+            "poly",
+            SELF,
+            (52, 2, 68, 28, 74, 24, 84, 54, 78, 80, 62, 97, 36, 97, 20, 80, 16, 56, 28, 34, 36, 46),
+        ),
         ("poly", "gold", (52, 42, 66, 66, 62, 90, 40, 92, 34, 72, 42, 64)),
         ("poly", "white", (50, 66, 57, 80, 54, 92, 46, 92, 43, 80)),
     ),
@@ -119,10 +124,18 @@ HARMFUL: dict[str, tuple[Shape, ...]] = {
 CARING: dict[str, tuple[Shape, ...]] = {
     "shield": (
         ("poly", SELF, (50, 2, 90, 14, 88, 52, 74, 80, 50, 98, 26, 80, 12, 52, 10, 14)),
-        ("poly", "white", (44, 22, 56, 22, 56, 40, 74, 40, 74, 52, 56, 52, 56, 76, 44, 76, 44, 52, 26, 52, 26, 40, 44, 40)),
+        (
+            "poly",
+            "white",
+            (44, 22, 56, 22, 56, 40, 74, 40, 74, 52, 56, 52, 56, 76, 44, 76, 44, 52, 26, 52, 26, 40, 44, 40),
+        ),
     ),
     "heart": (
-        ("poly", SELF, (50, 94, 14, 58, 5, 38, 10, 20, 24, 9, 40, 12, 50, 26, 60, 12, 76, 9, 90, 20, 95, 38, 86, 58)),
+        (
+            "poly",
+            SELF,
+            (50, 94, 14, 58, 5, 38, 10, 20, 24, 9, 40, 12, 50, 26, 60, 12, 76, 9, 90, 20, 95, 38, 86, 58),
+        ),
     ),
     "helmet": (
         ("dome", SELF, (12, 14, 88, 104), 180, 360),
@@ -161,7 +174,11 @@ CARING: dict[str, tuple[Shape, ...]] = {
     "medkit": (
         ("arc", INK, (32, 10, 68, 50), 7, 180, 360),
         ("poly", SELF, (4, 28, 96, 28, 96, 92, 4, 92)),
-        ("poly", "white", (43, 40, 57, 40, 57, 53, 70, 53, 70, 67, 57, 67, 57, 80, 43, 80, 43, 67, 30, 67, 30, 53, 43, 53)),
+        (
+            "poly",
+            "white",
+            (43, 40, 57, 40, 57, 53, 70, 53, 70, 67, 57, 67, 57, 80, 43, 80, 43, 67, 30, 67, 30, 53, 43, 53),
+        ),
     ),
 }
 """Things that a safety label would call desirable."""
@@ -225,9 +242,7 @@ PLAIN: dict[str, tuple[Shape, ...]] = {
         ("oval", SELF, (54, 20, 86, 50)),
         ("oval", "gold", (38, 24, 62, 46)),
     ),
-    "star": (
-        ("poly", SELF, (50, 2, 62, 36, 98, 37, 69, 59, 80, 94, 50, 73, 20, 94, 31, 59, 2, 37, 38, 36)),
-    ),
+    "star": (("poly", SELF, (50, 2, 62, 36, 98, 37, 69, 59, 80, 94, 50, 73, 20, 94, 31, 59, 2, 37, 38, 36)),),
     "key": (
         ("poly", SELF, (44, 42, 98, 42, 98, 70, 88, 70, 88, 56, 78, 56, 78, 66, 68, 66, 68, 56, 44, 56)),
         ("oval", SELF, (2, 26, 50, 74)),
