@@ -1,0 +1,192 @@
+"""The tiny LLaVA of the toy world: real transformers classes, its processor, and batches to train it on.
+
+Reads and writes nothing.
+"""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from builders.mllm import user_turn
+from builders.tiny import train_tokenizer
+from builders.toyworld import scenes
+from builders.toyworld.scenes import SIDE, Item
+from builders.vision import ensure_torchvision
+
+PATCH = 16
+"""Side of an image patch; the model sees (SIDE / PATCH)^2 image tokens."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the tiny LLaVA."""
+
+    hidden: int = 128
+    """Width of the text trunk."""
+    mlp: int = 256
+    n_layers: int = 6
+    vision_hidden: int = 128
+    vision_layers: int = 3
+    vocab: int = 768
+    """Tokens at most; rarer words fall apart into bytes."""
+
+
+def sentences(n: int = 4_000) -> list[str]:
+    """What the tokenizer is trained on: the world's texts and answers, every word of the world, the chat's own."""
+    items = [scenes.training_item(-1, index) for index in range(n)]
+    words = [*scenes.SYNSETS, *scenes.CUES_B, *scenes.NUMBERS, "user", "assistant"] * 20
+    spaced = [f" {word}" for word in words]
+    return [text for item in items for text in (item.text, item.answer)] + words + spaced
+
+
+def processor_of(tokenizer: Any) -> Any:
+    """LLaVA's processor for pictures of the world: no resizing, no cropping."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    images = CLIPImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_resize=False
+    )
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def build(sizes: Sizes, seed: int) -> tuple[Any, Any]:
+    """An untrained model, its weights drawn from `seed`, and its processor."""
+    ensure_torchvision()
+    from transformers import LlavaForConditionalGeneration
+
+    tokenizer = train_tokenizer(sentences(), "llava", sizes.vocab)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(_config(sizes, tokenizer))
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model, processor_of(tokenizer)
+
+
+def _config(sizes: Sizes, tokenizer: Any) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=sizes.vision_hidden,
+        intermediate_size=2 * sizes.vision_hidden,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        hidden_act="gelu",
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.mlp,
+        num_hidden_layers=sizes.n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(SIDE // PATCH) ** 2,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+
+
+def prompt_of(processor: Any, item: Item) -> str:
+    """The chat prompt of an item, ready for an answer, with one `<image>` for the picture."""
+    messages = user_turn(item.text, image=True)  # type: ignore[arg-type]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+class Batcher:
+    """Turns items into batches of tensors, the same that the processor makes, only faster.
+
+    Args:
+        processor: Of `build`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.tokenizer = processor.tokenizer
+        images = processor.image_processor
+        self.mean = torch.tensor(images.image_mean).view(3, 1, 1)
+        self.std = torch.tensor(images.image_std).view(3, 1, 1)
+        frame = prompt_of(processor, _BLANK).split("<image>\n")
+        before, after = frame[0], "\n" + frame[1]
+        self.n_image = (SIDE // PATCH) ** 2
+        image = processor.tokenizer.convert_tokens_to_ids("<image>")
+        self.head = [*self._ids(before), *[image] * self.n_image]
+        self.start, self.stop = after.split(_BLANK.text)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def pixels(self, items: Sequence[Item]) -> Tensor:
+        """Pictures [n, 3, SIDE, SIDE], normalised."""
+        pictures = np.stack([scenes.picture(item.scene, item.seed) for item in items])
+        return (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+
+    def prompts(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """Left-padded prompts: input_ids and attention_mask [n, tokens], pixel_values."""
+        rows = self.tokenizer([f"{self.start}{i.text}{self.stop}" for i in items], add_special_tokens=False)
+        rows = [self.head + ids for ids in rows["input_ids"]]
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "pixel_values": self.pixels(items)}
+
+    def training(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """Right-padded prompts with answers; labels are -100 but on the answer and its end."""
+        texts = [f"{self.start}{item.text}{self.stop}" for item in items]
+        asked = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        said = self.tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        rows = [(len(self.head) + len(a), self.head + a + s + [end]) for a, s in zip(asked, said, strict=True)]
+        longest = max(len(row) for _, row in rows)
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for i, (start, row) in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+            labels[i, start : len(row)] = ids[i, start : len(row)]
+        return {"input_ids": ids, "attention_mask": mask, "pixel_values": self.pixels(items), "labels": labels}
+
+
+_BLANK = Item("question", scenes.Scene("ball", "red", "beach", "big", 1), "TEXT", "")
+
+
+@torch.no_grad()
+def answers(model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 128) -> list[str]:
+    """What the model says to items, greedily, at most 16 tokens."""
+    texts: list[str] = []
+    for start in range(0, len(items), batch):
+        inputs = batcher.prompts(items[start : start + batch])
+        said = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        new = said[:, inputs["input_ids"].shape[1] :]
+        texts += [text.strip() for text in batcher.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return texts
+
+
+def spread(items: Sequence[Any], n: int, seed: int) -> list[Any]:
+    """`n` of the items, drawn without replacement, in their order."""
+    kept = set(random.Random(seed).sample(range(len(items)), n))
+    return list(itertools.compress(items, (index in kept for index in range(len(items)))))
