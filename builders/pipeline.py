@@ -38,7 +38,7 @@ STAGES = (
     Stage("stimuli", "stimuli", ("clip", "stimuli"), ("concepts", "clip", "embeddings")),
     Stage("polarity", "polarity", ("concepts", "polarity"), ("concepts", "stimuli")),
     Stage("activations", "activations", ("model", "activations"), ("corpus", "stimuli")),
-    Stage("directions", "directions", ("activations",), ("stimuli", "polarity", "activations")),
+    Stage("directions", "directions", ("activations", "sae"), ("stimuli", "polarity", "activations")),
     Stage("sae", "train_sae", ("activations", "sae"), ("activations", "directions")),
     Stage("atoms", "atoms", ("sae", "atoms"), ("polarity", "activations", "directions", "sae")),
     Stage(

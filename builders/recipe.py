@@ -315,8 +315,9 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
     facts = dataclasses.asdict(recipe)
     for section, name in LOCAL_FIELDS:
         facts[section].pop(name)
-    if Path(recipe.model.id).is_absolute():
-        facts["model"].pop("id")
+    for section, name in (("model", "id"), ("clip", "model")):
+        if Path(facts[section][name]).is_dir():
+            facts[section].pop(name)
     return facts
 
 

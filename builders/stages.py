@@ -97,21 +97,20 @@ class Work:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         self.log("begin", shard=name)
-        start = time.monotonic()
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
                 _fsync(path)
         temporary.rename(self.folder / "shards" / name)
-        self.log("shard", shard=name, seconds=round(time.monotonic() - start, 3))
+        self.log("shard", shard=name)
 
     def drop_shards(self) -> None:
         """Remove all shards, once what they were for is written elsewhere in the stage's folder."""
         shutil.rmtree(self.folder / "shards", ignore_errors=True)
 
     def log(self, event: str, **facts: Any) -> None:
-        """Append one line to the run's log."""
-        line = json.dumps({"stage": self.stage, "event": event, **facts}, sort_keys=True)
+        """Append one line to the run's log; `at` is in seconds."""
+        line = json.dumps({"at": round(time.time(), 4), "stage": self.stage, "event": event, **facts})
         with (self.out / LOG).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

@@ -1,21 +1,22 @@
 """A run killed by SIGKILL inside every stage redoes at most one shard and ends with the same bytes."""
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import signal
-import time
+import threading
 from collections import Counter
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from builders.pipeline import STAGES, run
 from builders.recipe import Recipe, recipe_of
-from builders.stages import DONE
+from builders.stages import DONE, Work
 
 KILLS = 3
 """Kills in each stage, at seeded shards."""
@@ -31,7 +32,7 @@ SECTIONS = {
     "stimuli": {"n_positive": 5, "min_positive": 1, "pool": 64, "block": 5},
     "model": {"tiny": "llava"},
     "activations": {"layers": [1, 2], "batch": 4, "shard_rows": 12},
-    "sae": {"k": 4, "steps": 20, "batch": 32, "eval_steps": 5, "checkpoint_steps": 4},
+    "sae": {"k": 4, "holdout": 0.4, "steps": 20, "batch": 32, "eval_steps": 5, "checkpoint_steps": 4},
     "evaluate": {"items": 12, "batch": 3},
     "release": {"org": "local", "dataset": "DACO-kill", "licence": "cc0-1.0"},
 }  # fmt: skip
@@ -40,53 +41,81 @@ SECTIONS = {
 @pytest.mark.slow
 def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(tmp_path: Path) -> None:
     recipe = recipe_of(SECTIONS)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [f"builders.{stage.module}" for stage in STAGES]
+    modules = [f"builders.{stage.module}" for stage in STAGES]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        modules
     )  # a restart then costs no import
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(context, recipe, whole)
-    process.join()
-    assert process.exitcode == 0
-    kills = sum(kill_inside(context, recipe, killed, stage.name, whole) for stage in STAGES)
-    process = start(context, recipe, killed)
-    process.join()
-    assert process.exitcode == 0
-    assert kills >= KILLS * len([stage for stage in STAGES if shards_of(whole, stage.name) > 1])
-    assert_at_most_one_shard_lost(killed, whole, kills)
+    assert finish(run, recipe, whole) == 0
+    kills = [point for stage in STAGES for point in kill_inside(recipe, killed, stage.name, whole)]
+    assert finish(run, recipe, killed) == 0
+    sharded = [stage.name for stage in STAGES if shards_of(whole, stage.name) > KILLS]
+    assert len(sharded) >= 7
+    for stage in sharded:
+        assert len([name for name, _ in kills if name == stage]) == KILLS, kills
+    assert_at_most_one_shard_lost(killed, whole, len(kills))
     assert digests(killed) == digests(whole)
 
 
-def start(context: multiprocessing.context.BaseContext, recipe: Recipe, out: Path) -> BaseProcess:
-    process = context.Process(target=run, args=(recipe, out))  # type: ignore[attr-defined]
+def finish(target: Callable[..., object], *arguments: object) -> int | None:
+    """Run in a process of its own; returns its exit code, negative when a signal ended it."""
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
     process.start()
-    return process
+    process.join()
+    return process.exitcode
 
 
-def kill_inside(context, recipe: Recipe, out: Path, stage: str, whole: Path) -> int:
-    """Kill the run up to `KILLS` times while `stage` is at work, after seeded numbers of shards."""
+def kill_inside(recipe: Recipe, out: Path, stage: str, whole: Path) -> list[tuple[str, int]]:
+    """Kill the run `KILLS` times inside `stage`, after seeded numbers of shards; returns the hits."""
     chance = random.Random(f"{recipe.run.seed} {stage}")
     total = shards_of(whole, stage)
-    points = sorted(chance.sample(range(1, total), min(KILLS, total - 1))) if total > 1 else [0]
-    done = 0
+    points = sorted(chance.sample(range(1, total), KILLS)) if total > KILLS else [0] * KILLS
+    hits = []
     for point in points:
-        process = start(context, recipe, out)
-        while (process.is_alive() and events(out)[(stage, "shard")] < point) or not (out / stage).exists():
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.02)
-        if process.is_alive() and not (out / stage / DONE).exists():
-            os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
-            done += 1
-        process.join()
-    return done
+        code = finish(
+            run_and_die, recipe, out, stage, point, chance.random() * shard_seconds(whole, stage) / 2
+        )
+        if code == -signal.SIGKILL and (out / stage).exists() and not (out / stage / DONE).exists():
+            hits.append((stage, point))
+    return hits
+
+
+def run_and_die(recipe: Recipe, out: Path, stage: str, shards: int, delay: float) -> None:
+    """Run the pipeline; SIGKILL strikes `delay` seconds after the stage has begun a shard behind `shards`."""
+    log, open_ = Work.log, Work.open
+
+    def strike(work: Work) -> None:
+        if work.stage == stage and shards_of(out, stage) >= shards:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    def log_and_strike(work: Work, event: str, **facts: object) -> None:
+        log(work, event, **facts)
+        if event == "begin" and shards:
+            strike(work)
+
+    def open_and_strike(work: Work, fingerprint: str) -> bool:
+        opened = open_(work, fingerprint)
+        if opened and not shards:
+            strike(work)
+        return opened
+
+    Work.log, Work.open = log_and_strike, open_and_strike  # type: ignore[method-assign]
+    run(recipe, out)
+
+
+def shard_seconds(out: Path, stage: str) -> float:
+    """Shortest time between two shards of a stage; a few milliseconds for one that has none."""
+    ends = [line["at"] for line in lines_of(out) if (line["stage"], line["event"]) == (stage, "shard")]
+    return min((b - a for a, b in itertools.pairwise(ends)), default=0.005)
+
+
+def lines_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
 
 
 def events(out: Path) -> Counter[tuple[str, str]]:
     """How many events of each kind the log of a run has, by stage."""
-    path = out / "log.jsonl"
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
-    parsed = [json.loads(line) for line in lines]
-    return Counter((line["stage"], line["event"]) for line in parsed)
+    return Counter((line["stage"], line["event"]) for line in lines_of(out))
 
 
 def shards_of(out: Path, stage: str) -> int:

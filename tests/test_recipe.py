@@ -26,11 +26,13 @@ def test_fields_are_read_with_their_types(tmp_path: Path) -> None:
     )
 
 
-def test_local_places_never_reach_a_manifest() -> None:
-    recipe = recipe_of(
-        {"corpus": {"path": "/secret/place", "images": "/secret/images"}, "model": {"id": "/secret/model"}}
-    )
-    assert "/secret" not in repr(public_recipe(recipe))
+def test_local_places_never_reach_a_manifest(tmp_path: Path) -> None:
+    place = str(tmp_path)
+    corpus, model, clip = {"path": place, "images": place}, {"id": place}, {"model": place}
+    facts = public_recipe(recipe_of({"corpus": corpus, "model": model, "clip": clip}))
+    assert place not in repr(facts)
+    hub = public_recipe(recipe_of({"model": {"id": "org/model"}, "clip": {"model": "org/clip"}}))
+    assert (hub["model"]["id"], hub["clip"]["model"]) == ("org/model", "org/clip")
 
 
 @pytest.mark.parametrize(
