@@ -133,7 +133,7 @@ def find_trunk(model: nn.Module) -> Trunk:
     """
     base = transformers_model(model)
     config = base.config.get_text_config(decoder=True)
-    n_layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    n_layers, width = getattr(config, "num_hidden_layers", -1), getattr(config, "hidden_size", -1)
     decoder = _decoder(base)
     seen = []
     for _ in range(4):  # a decoder may wrap another one, never deeper than this
@@ -141,7 +141,7 @@ def find_trunk(model: nn.Module) -> Trunk:
         if layers is not None:
             seen.append(f"{len(layers)} blocks of width {_width(decoder)} in {type(decoder).__name__}")
             if (len(layers), _width(decoder)) == (n_layers, width):
-                return Trunk(layers, int(width), len(layers), _path(model, layers))
+                return Trunk(layers, width, n_layers, _path(model, layers))
         decoder = next(
             (inner for name in _INNER if (inner := getattr(decoder, name, None)) is not None), None
         )
@@ -208,7 +208,7 @@ def _origin(config: Any) -> tuple[str, str]:
     """Hub id and commit a config was loaded from, where they can be known."""
     name = str(getattr(config, "_name_or_path", "") or "")
     if cached := _CACHED.search(Path(name).as_posix()):
-        return f"{cached['org']}/{cached['name']}", str(cached["commit"])
+        return f"{cached['org']}/{cached['name']}", cached["commit"]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists():
         return "", ""
     return name, str(getattr(config, "_commit_hash", "") or "")

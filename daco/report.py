@@ -1,0 +1,138 @@
+"""What a steered run did: tallies in tensors while it runs, and a printable report; no files."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PLACES = ("image", "prompt", "generated")
+"""Kinds of positions: image placeholders, the prompt's text, and tokens after the prompt."""
+
+
+class FiredAtom(NamedTuple):
+    """An atom (or concept) that was removed somewhere."""
+
+    atom: int
+    """Its number."""
+    names: list[str]
+    """Nearest concepts, nearest first."""
+    positions: int
+    """Positions where it fired."""
+    mean_strength: float
+    """Mean coefficient where it fired."""
+
+
+class LayerReport(NamedTuple):
+    """What happened at one layer."""
+
+    layer: int
+    """0-based decoder block."""
+    labelled: int
+    """Atoms (or concepts) that are removed where they fire."""
+    shifted: bool
+    """Whether a constant shift is added."""
+    positions: dict[str, int]
+    """Positions steered, by place."""
+    atoms: list[FiredAtom]
+    """What fired, the largest total strength first."""
+    relative_change: float
+    """Mean of ||delta|| / ||z|| over the positions steered; 0 where there are none."""
+    relative_change_max: float
+    """Largest of them."""
+
+
+class Report(NamedTuple):
+    """What a run did; `print` it, or take `as_dict()` as JSON."""
+
+    method: str
+    """The method and its settings."""
+    scope: str
+    """Where it was to steer."""
+    forwards: int
+    """Calls of the model that were seen."""
+    layers: list[LayerReport]
+    """By layer, rising."""
+    notes: list[str]
+    """Overrides, and whatever made the run do less than asked."""
+
+    @property
+    def positions(self) -> int:
+        """Positions steered, summed over layers."""
+        return sum(sum(layer.positions.values()) for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON-able facts."""
+        layers = [
+            layer._asdict() | {"atoms": [atom._asdict() for atom in layer.atoms]} for layer in self.layers
+        ]
+        return self._asdict() | {"layers": layers}
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}; scope {self.scope}; {self.forwards} forwards"]
+        for layer in self.layers:
+            lines += _layer_lines(layer)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _layer_lines(layer: LayerReport, shown: int = 5) -> list[str]:
+    places = ", ".join(f"{count} {place}" for place, count in layer.positions.items() if count)
+    shift = ", shifted" if layer.shifted else ""
+    change = f"|delta|/|z| mean {layer.relative_change:.3f}, max {layer.relative_change_max:.3f}"
+    head = f"layer {layer.layer}: {len(layer.atoms)} of {layer.labelled} labelled fired{shift}"
+    lines = [f"{head}; steered {places or 'nowhere'}; {change}"]
+    for atom in layer.atoms[:shown]:
+        names = ", ".join(atom.names[:3])
+        lines.append(f"  {atom.atom} ({names}): {atom.positions} positions, mean {atom.mean_strength:.3g}")
+    if (more := len(layer.atoms) - shown) > 0:
+        lines.append(f"  and {more} more")
+    return lines
+
+
+class Tally:
+    """Counts of one layer, on its device: adding never waits for it and takes no room as a run grows."""
+
+    def __init__(self, n_atoms: int, device: torch.device) -> None:
+        self.places = torch.zeros(len(PLACES), dtype=torch.int64, device=device)
+        self.fired = torch.zeros(n_atoms, dtype=torch.int64, device=device)
+        self.strength = torch.zeros(n_atoms, dtype=torch.float64, device=device)
+        self.change = torch.zeros(2, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, z: Tensor, delta: Tensor, strengths: Tensor, weight: Tensor | None) -> None:
+        """Add positions.
+
+        Args:
+            z: Activations `[n, d_model]`.
+            delta: What was added to them, `[n, d_model]`.
+            strengths: Coefficients of the labelled atoms, `[n, n_atoms]`.
+            weight: `[n]`, whether a position counts; None: all do.
+        """
+        relative = delta.norm(dim=-1).double() / z.norm(dim=-1).double().clamp_min(1e-12)
+        if weight is not None:
+            relative = torch.where(weight, relative, 0)
+            strengths = torch.where(weight[:, None], strengths, 0)
+        self.fired += (strengths != 0).sum(0)
+        self.strength += strengths.double().sum(0)
+        self.change[0] += relative.sum()
+        if len(relative):
+            self.change[1] = torch.maximum(self.change[1], relative.max())
+
+
+def layer_report(
+    layer: int,
+    tally: Tally | None,
+    atoms: list[int],
+    names: Callable[[int], list[str]],
+    shifted: bool,
+) -> LayerReport:
+    """Read a layer's tally off its device; None is a layer where nothing ran."""
+    if tally is None:
+        return LayerReport(layer, len(atoms), shifted, dict.fromkeys(PLACES, 0), [], 0.0, 0.0)
+    fired, strength = tally.fired.tolist(), tally.strength.tolist()
+    order = sorted((i for i, count in enumerate(fired) if count), key=lambda i: (-abs(strength[i]), i))
+    found = [FiredAtom(atoms[i], names(atoms[i]), fired[i], strength[i] / fired[i]) for i in order]
+    places = dict(zip(PLACES, tally.places.tolist(), strict=True))
+    total, largest = tally.change.tolist()
+    mean = total / max(1, sum(places.values()))
+    return LayerReport(layer, len(atoms), shifted, places, found, mean, largest)
