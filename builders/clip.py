@@ -26,6 +26,7 @@ from builders.corpus import image_file, open_image
 from builders.recipe import ClipConfig
 from builders.stages import Work
 from builders.vision import ensure_torchvision
+from builders.vocabulary import words
 from daco.errors import ActivationError, ArtefactNotFoundError, CorpusError, UnsupportedModelError
 from daco.manifest import canonical_json, write_atomic
 from daco.tables import read_table, write_table
@@ -118,13 +119,12 @@ def load_clip(name: str | Path, revision: str = "") -> Clip:
 
 
 def clip_of(work: Work) -> Clip:
-    """The run's CLIP: the recipe's model, or the one that stage `clip` trained."""
-    config = work.recipe.clip
-    return (
-        load_clip(config.model, config.revision)
-        if config.model
-        else load_clip(work.upstream("clip") / "model")
-    )
+    """The run's CLIP: the recipe's model at the revision that stage `clip` found, or the one it trained."""
+    folder, config = work.upstream("clip"), work.recipe.clip
+    if not config.model:
+        return load_clip(folder / "model")
+    facts = json.loads((folder / "facts.json").read_text("utf-8"))
+    return load_clip(config.model, facts["revision"])
 
 
 # The tiny CLIP.
@@ -237,13 +237,14 @@ def sample_texts(captions: Sequence[str], rng: np.random.Generator) -> list[str]
 def sample_part(caption: str, rng: np.random.Generator) -> str:
     """Part of a caption, so that single words learn their images too.
 
-    A caption of comma-joined parts gives its first part (the name) half of the time, else up to three of its
-    parts; a plain sentence gives a run of its words.
+    A caption of comma-joined keywords gives its first part (the name) half of the time, else up to three of
+    its parts; a sentence gives one of its telling words half of the time, else a run of its words.
     """
     parts = [part.strip() for part in caption.split(",") if part.strip()]
-    if len(parts) > 1:
-        if rng.random() < 0.5:
-            return parts[0]
+    listed = len(parts) > 1
+    if rng.random() < 0.5 and (single := parts[:1] if listed else words(caption)):
+        return single[int(rng.integers(len(single)))]
+    if listed:
         size = int(rng.integers(1, min(3, len(parts)) + 1))
         return ", ".join(parts[i] for i in rng.permutation(len(parts))[:size])
     tokens = caption.split()
@@ -255,7 +256,7 @@ def sample_part(caption: str, rng: np.random.Generator) -> str:
 def truth(texts: Sequence[str], captions: Sequence[str]) -> Tensor:
     """[n, n] bool: row i, column j says that text j is true of image i: all its words are in caption i."""
     asked, known = ([frozenset(re.findall(r"\w+", t.lower())) for t in side] for side in (texts, captions))
-    true = torch.tensor([[words <= caption for words in asked] for caption in known])
+    true = torch.tensor([[text <= caption for text in asked] for caption in known])
     return true | torch.eye(len(texts), dtype=torch.bool)
 
 
@@ -432,10 +433,7 @@ def run(work: Work) -> None:
     """Train the tiny CLIP, or note which model is used."""
     config = work.recipe.clip
     if config.model:
-        facts = {"id": Path(config.model).name if Path(config.model).is_dir() else config.model}
-        write_atomic(work.folder / "facts.json", canonical_json(facts | {"revision": config.revision}))
-        work.drop_shards()
-        work.finish({"in": 0, "out": 0, "skipped": {}})
+        _note(work, config)
         return
     torch.set_num_threads(work.recipe.run.threads)
     files, captions, n_held_out = training_rows(work.upstream("corpus"), config.holdout)
@@ -444,6 +442,20 @@ def run(work: Work) -> None:
     for _ in work.progress(train_steps(work, trainer), total=config.steps, unit="step"):
         pass
     _seal(work, trainer, n_held_out)
+
+
+def _note(work: Work, config: ClipConfig) -> None:
+    """Load the recipe's model once, so that a wrong one ends the run here, and note its revision."""
+    found = load_clip(config.model, config.revision).model.config
+    local = Path(config.model).is_dir()
+    facts = {
+        "id": Path(config.model).name if local else config.model,
+        "revision": config.revision or getattr(found, "_commit_hash", None) or "",
+        "model_type": found.model_type,
+    }
+    write_atomic(work.folder / "facts.json", canonical_json(facts))
+    work.drop_shards()
+    work.finish({"in": 0, "out": 0, "skipped": {}})
 
 
 def _seal(work: Work, trainer: Trainer, n_held_out: int) -> None:
