@@ -2,9 +2,25 @@
 
 from daco.dictionary import ConceptDictionary
 from daco.manifest import FORMAT_VERSION
+from daco.methods import MOP, ActAdd, SAESteering, SafetyPrompt
 from daco.sae import SAE, LayerSAE
+from daco.sites import ModelFacts, find_trunk
+from daco.steer import Run
 from daco.steering_sae import SteeringSAE
 
 __version__ = "0.1.0"
 
-__all__ = ["FORMAT_VERSION", "SAE", "ConceptDictionary", "LayerSAE", "SteeringSAE"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MOP",
+    "SAE",
+    "ActAdd",
+    "ConceptDictionary",
+    "LayerSAE",
+    "ModelFacts",
+    "Run",
+    "SAESteering",
+    "SafetyPrompt",
+    "SteeringSAE",
+    "find_trunk",
+]
