@@ -22,7 +22,7 @@ import transformers
 from builders import clip, corpus, embeddings
 from builders.recipe import Recipe, recipe_of
 from builders.stages import Work, done, fingerprint
-from builders.stimuli import Corpus, Scores, embed_concepts, pool_scores
+from builders.stimuli import Scores, cosines, embed_concepts
 from builders.vocabulary import caption_name
 from daco.tables import read_table
 
@@ -45,7 +45,7 @@ def recipe(data: Path, threads: int, seed: int) -> Recipe:
                 "name": "fluent-emoji",
             },
             "clip": {
-                "steps": 2400,
+                "steps": 2200,
                 "batch": 128,
                 "learning_rate": 4e-3,
                 "image_size": 48,
@@ -87,7 +87,7 @@ def measure(facts: Recipe, out: Path) -> list[dict[str, Any]]:
     held_out = np.array([clip.is_held_out(rows[i]["stimulus_id"], facts.clip.holdout) for i in own])
     work = Work(facts, out, "stimuli")
     queries = embed_concepts(clip.clip_of(work), names, facts.stimuli.template)
-    scores: Scores = pool_scores(queries, Corpus.of(found), np.arange(len(rows)))
+    scores: Scores = cosines(queries, found.images, found.texts)
     table = []
     for side, values in (("image", scores.image), ("caption", scores.text), ("eq4", scores.closeness)):
         place = ranks(values, own)

@@ -50,7 +50,7 @@ MARGIN = 8
 """Training images are cached one part in `MARGIN` larger than they are seen: room for random crops."""
 
 WEIGHT_DECAY = 0.1
-WHOLE = 0.2
+WHOLE = 0.1
 """Share of the batches that train on whole captions."""
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -228,7 +228,7 @@ def augment(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
 
 
 def sample_texts(captions: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """A text for every caption of a batch: whole ones in one batch of five, else parts (short, cheap)."""
+    """A text for every caption of a batch: whole ones in one batch of ten, else parts (short, cheap)."""
     if rng.random() < WHOLE:
         return list(captions)
     return [sample_part(caption, rng) for caption in captions]

@@ -126,7 +126,7 @@ def nearest(
     floor = torch.full((len(queries), 1), -1.0)  # closeness below which nothing can enter a query's k best
     for start in range(0, len(corpus.place), block):
         product = _rough(asked, corpus, slice(start, start + block), margin)
-        bar = torch.maximum(floor, _kth(product, k))
+        bar = floor if bool((floor > 0).all()) else torch.maximum(floor, _kth(product, k))
         rows, columns = torch.nonzero(product >= (bar - margin).clamp_(min=0), as_tuple=True)
         _merge(queries, corpus, rows.numpy(), start + columns.numpy(), k, best, scores)
         full = [s.closeness[-1] if len(s.image) == k else -1.0 for s in scores]
@@ -200,10 +200,10 @@ def draw_negatives(
     return pool[chosen], scores.at(chosen)
 
 
-def pool_scores(queries: Floats, corpus: Corpus, pool: Ints) -> Scores:
-    """Float64 cosines [n, pool] of queries and pool members."""
-    asked = queries.astype(np.float64)
-    return Scores(*(asked @ side[pool].astype(np.float64).T for side in (corpus.images, corpus.texts)))
+def cosines(queries: Floats, images: Floats, texts: Floats) -> Scores:
+    """Float64 cosines [n, m] of queries [n, d] with m stimuli [m, d]; for a pool, never for a whole corpus."""
+    asked, *sides = (np.asarray(rows, dtype=np.float64) for rows in (queries, images, texts))
+    return Scores(*(asked @ side.T for side in sides))
 
 
 def link_rows(
@@ -260,8 +260,9 @@ def link_concepts(
     best, scores = nearest(queries, corpus, n_positive, block)
     rows: list[dict[str, Any]] = []
     counts: Counter[str] = Counter({"in": len(concepts)})
+    images, texts = (side[pool].astype(np.float64) for side in (corpus.images, corpus.texts))
     for start in range(0, len(concepts), POOL_BLOCK):
-        far = pool_scores(queries[start : start + POOL_BLOCK], corpus, pool)
+        far = cosines(queries[start : start + POOL_BLOCK], images, texts)
         for i, concept in enumerate(concepts[start : start + POOL_BLOCK], start):
             if len(best[i]) < min_positive:
                 counts["too_few_positives"] += 1
