@@ -1,8 +1,10 @@
 """Loads a multimodal model with its processor, and renders caption-image pairs as chat prompts for it.
 
-Reads models from the Hub or a folder; writes nothing.
+Reads models from the Hub or a folder; writes nothing. Captions are text of strangers: what spells a control
+token in them is broken up here, before any prompt is made, so that no caption can end a turn or claim an image.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from builders.vision import ensure_torchvision
 
+_MARK = "\ue000caption\ue000"
 READINGS = ("last", "caption_last", "caption_mean")
 
 
@@ -37,12 +40,37 @@ def user_turn(caption: str, image: Image | None = None) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*picture, {"type": "text", "text": caption}]}]
 
 
+def control_tokens(processor: Any) -> set[str]:
+    """Texts that act in a prompt: special tokens, what the chat template writes, and image placeholders."""
+    tokenizer = processor.tokenizer
+    template = str(getattr(processor, "chat_template", None) or tokenizer.chat_template or "")
+    added = tokenizer.added_tokens_decoder.values()
+    found = {token.content for token in added if token.special or token.content in template}
+    found |= set(tokenizer.all_special_tokens)
+    for name in ("image_token", "video_token"):  # a processor replaces these in the text itself
+        if isinstance(token := getattr(processor, name, None), str):
+            found.add(token)
+    return {token for token in found if len(token) > 1 and not token.isspace()}
+
+
+def plain_text(processor: Any, text: str) -> str:
+    """`text` with a space behind the first character of whatever spells a control token, so that it is none.
+
+    A space survives every normaliser, also those that drop invisible characters.
+    """
+    longest_first = sorted(control_tokens(processor), key=len, reverse=True)
+    spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
+    while spelled.search(text):  # a token may hold another one
+        text = spelled.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+    return text
+
+
 def chat_inputs(processor: Any, captions: Sequence[str], images: Sequence[Image] | None = None) -> Any:
     """Render one user turn a row, ending in the generation prompt, as a left-padded batch of model inputs.
 
     Args:
         processor: of an image-text-to-text model, with a chat template.
-        captions: one text a row.
+        captions: one text a row; see `plain_text` for those that spell control tokens.
         images: one image a row, or None for text alone.
 
     Returns:
@@ -51,7 +79,8 @@ def chat_inputs(processor: Any, captions: Sequence[str], images: Sequence[Image]
     """
     rows = [None] * len(captions) if images is None else images
     texts = [
-        _render(processor, user_turn(caption, image)) for caption, image in zip(captions, rows, strict=True)
+        _render(processor, user_turn(plain_text(processor, caption), image))
+        for caption, image in zip(captions, rows, strict=True)
     ]
     pictures = None if images is None else [[image.convert("RGB")] for image in images]
     processor.tokenizer.padding_side = "left"
@@ -85,12 +114,15 @@ def _positions(processor: Any, caption: str, reading: str) -> list[int]:
     """Positions of a reading, counted from the end: left padding and image tokens do not move these."""
     if reading == "last":
         return [-1]
+    caption = plain_text(processor, caption).strip()
     text = _render(processor, user_turn(caption))
-    start = text.rfind(caption.strip())
-    if start < 0 or not caption.strip():
-        raise ValueError(f"expected the caption {caption!r} in its prompt, got {text!r}")
+    # by what follows it: "user" is a caption too, and stands elsewhere in the prompt
+    behind = _render(processor, user_turn(_MARK)).rpartition(_MARK)[2]
+    start = len(text) - len(behind) - len(caption)
+    if text[start:] != caption + behind or not caption:
+        raise ValueError(f"expected the caption {caption!r} before {behind!r} in its prompt, got {text!r}")
     tail = processor.tokenizer(text[start:], add_special_tokens=False, return_offsets_mapping=True)
-    ends = len(caption.strip())
+    ends = len(caption)
     offsets = tail["offset_mapping"]
     inside = [i - len(offsets) for i, (first, last) in enumerate(offsets) if first < ends and last > first]
     return inside[-1:] if reading == "caption_last" else inside
