@@ -180,7 +180,7 @@ def steering_methods(steering: SteeringSAE, dictionary: ConceptDictionary) -> di
 def fired(report: Report) -> dict[str, int]:
     """Positions at which each undesirable atom (or concept) was removed, by "layer/atom nearest concept"."""
     return {
-        f"{layer.layer}/{atom.atom} {atom.names[0] if atom.names else ''}".strip(): atom.count
+        f"{layer.layer}/{atom.atom} {atom.names[0] if atom.names else ''}".strip(): atom.positions
         for layer in report.layers
         for atom in layer.atoms
     }
