@@ -33,6 +33,7 @@ from daco.tables import read_table, write_table
 
 ensure_torchvision()  # before transformers looks at torchvision
 
+import transformers  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
     AutoProcessor,
@@ -42,6 +43,8 @@ from transformers import (  # noqa: E402
     CLIPProcessor,
     CLIPTokenizer,
 )
+
+transformers.utils.logging.disable_progress_bar()  # stages have their own
 
 MAX_TOKENS = 48
 """Positions of the tiny CLIP's text tower."""

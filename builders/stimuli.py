@@ -201,7 +201,7 @@ def draw_negatives(
 
 
 def cosines(queries: Floats, images: Floats, texts: Floats) -> Scores:
-    """Float64 cosines [n, m] of queries [n, d] with m stimuli [m, d]; for a pool, never for a whole corpus."""
+    """Float64 cosines [n, m] of queries [n, d] with m stimuli [m, d]; for a pool, not for a corpus."""
     asked, *sides = (np.asarray(rows, dtype=np.float64) for rows in (queries, images, texts))
     return Scores(*(asked @ side.T for side in sides))
 
