@@ -36,6 +36,9 @@ ROWS = STIMULI.append(pa.field("file", pa.string()))
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """Endings of files that count as images in a folder."""
 
+MAX_CAPTION = 10_000
+"""Characters of a caption, at most: one longer would pad every prompt of its batch to its own length."""
+
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 _UNSAFE = re.compile(r"[\x00\ud800-\udfff]")
 
@@ -283,6 +286,8 @@ def check_pair(pair: Pair, source: str, root: Path, store: Path) -> dict[str, An
     caption = clean_caption(pair.caption)
     if not caption:
         return "empty_caption"
+    if len(caption) > MAX_CAPTION:
+        return "long_caption"
     if not pair.key or _UNSAFE.search(pair.key):
         return "bad_key"
     identity = stimulus_id(source, pair.key)

@@ -28,6 +28,9 @@ seven eight nine ten another behind against it's
 STOP_WORDS = frozenset(_STOP.split())
 """Words of captions that are no concepts of their own."""
 
+MAX_NAME = 200
+"""Characters of a concept's name, at most."""
+
 _WORD = re.compile(r"[a-z]+(?:['-][a-z]+)*")
 _NOT_SLUG = re.compile(r"[\W_]+")
 _ID = re.compile(r"(wn30:\d{8}-[nvasr]:\S+|user:\S+)")
@@ -103,7 +106,7 @@ def from_table(path: Path, max_concepts: int) -> tuple[list[dict[str, Any]], dic
         max_concepts: Rows kept, at most.
 
     Returns:
-        Rows of CONCEPTS and counts of what was skipped (duplicate, empty_concept, over_max).
+        Rows of CONCEPTS and counts of what was skipped (duplicate, empty_concept, long_concept, over_max).
 
     Raises:
         CorpusError: no table at `path`, or it has no column `concept`.
@@ -119,6 +122,8 @@ def from_table(path: Path, max_concepts: int) -> tuple[list[dict[str, Any]], dic
         row = concept_row(len(rows), concept, cells)
         if not slug(concept):
             skipped["empty_concept"] += 1
+        elif len(concept) > MAX_NAME:
+            skipped["long_concept"] += 1
         elif row["concept_id"] in rows:
             skipped["duplicate"] += 1
         elif len(rows) == max_concepts:
