@@ -1,6 +1,7 @@
 """Plots as SVG text: small, crisp, the same bytes for the same numbers. Writes nothing."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -19,6 +20,9 @@ from matplotlib.figure import Figure  # noqa: E402
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8e6c8a", "#b8860b", "#555555")
 
 POLARITY_COLOURS = {"undesirable": "#c8553d", "desirable": "#3a7d44", "neutral": "#b9bec4"}
+
+NAME = 32
+"""Characters of a name that are drawn: a longer one would leave no room for the plot."""
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
@@ -47,16 +51,22 @@ def concept_map(
                 *zip(*rows, strict=True), s=14, color=colour, label=f"{label} ({len(rows)})", linewidths=0
             )
     for row, name in names.items():
-        text = name.replace("$", r"\$")
-        axes.annotate(text, points[row], fontsize=7, xytext=(3, 2), textcoords="offset points")
+        place = {"xytext": (3, 2), "textcoords": "offset points"}
+        axes.annotate(_short(name), points[row], fontsize=7, parse_math=False, **place)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(frameon=False, fontsize=8, loc="best")
     return _svg(figure)
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= NAME else name[: NAME - 1] + "…"
+
+
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
