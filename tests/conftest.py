@@ -9,7 +9,7 @@ import torch
 
 CAPTIONS = [
     "a red circle beside a blue square",
-    "two green triangles on a white ground",
+    "two green triangles on a wide white ground, seen from far above",
     "a small yellow star over the sea",
     "nothing but a grey wall, dimly lit",
 ]
