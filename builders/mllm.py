@@ -1,7 +1,7 @@
 """Loads a multimodal model with its processor, and renders caption-image pairs as chat prompts for it.
 
-Reads models from the Hub or a folder; writes nothing. Captions are text of strangers: what spells a control
-token in them is broken up here, before any prompt is made, so that no caption can end a turn or claim an image.
+Reads models from the Hub or a folder; writes nothing. Captions are texts of strangers: what spells a control
+token in them is broken up here, so that no caption can end a turn or claim an image.
 """
 
 import re
