@@ -2,7 +2,8 @@
 
 CONTROL_TOKENS = (
     "<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>", "<|image_pad|>", "<|video_pad|>",
-    "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|endoftext|>", "</s>", "[INST]",
+    "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|endoftext|>", "</s>",
+    "[INST]",
 )  # fmt: skip
 """Special tokens of the models we build, and of others."""
 
