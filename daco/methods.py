@@ -73,6 +73,7 @@ class _Placed:
         self._tensors = {name: None if t is None else t.detach() for name, t in tensors.items()}
         self._by_device: dict[torch.device, SimpleNamespace] = {}
 
+    @torch.inference_mode(False)  # a copy made inside would be of no use outside
     def on(self, device: torch.device) -> Any:
         if device not in self._by_device:
             moved = {name: None if t is None else t.to(device) for name, t in self._tensors.items()}

@@ -92,6 +92,7 @@ def _layer_lines(layer: LayerReport, shown: int = 5) -> list[str]:
 class Tally:
     """Counts of one layer, on its device: adding never waits for it and takes no room as a run grows."""
 
+    @torch.inference_mode(False)  # else later forwards outside inference mode could not add to it
     def __init__(self, n_atoms: int, device: torch.device) -> None:
         self.places = torch.zeros(len(PLACES), dtype=torch.int64, device=device)
         self.fired = torch.zeros(n_atoms, dtype=torch.int64, device=device)

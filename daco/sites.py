@@ -98,10 +98,8 @@ class ModelFacts:
         if self.id and found.id:
             # transformers does not say which commit it loaded: no cause for alarm, but not confirmed either
             return None if _COMMIT.fullmatch(found.revision) else f"revision of {found.id} not known"
-        expected = self.id or "of the artefact (a local folder)"
-        note = (
-            f"base model not confirmed: expected {expected}, the model at hand has {found.id or 'no Hub id'}"
-        )
+        expected, got = self.id or "one without a Hub id", found.id or "one without a Hub id"
+        note = f"base model not confirmed: expected {expected}, got {got}"
         if not base_model_ok:
             warnings.warn(f"{note}; base_model_ok=True silences this", UserWarning, stacklevel=4)
         return note
@@ -201,7 +199,8 @@ def _width(decoder: Any) -> int | None:
 
 
 def _path(model: nn.Module, layers: nn.ModuleList) -> str:
-    return next(name for name, module in model.named_modules() if module is layers)
+    names = [name for name, module in model.named_modules() if module is layers]
+    return str(names[0])
 
 
 def _origin(config: Any) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ SCOPES = ("all", *PLACES)
 CHUNK = 1_024
 """Positions steered at a time, which bounds the room codes take in a long prefill."""
 
-_steered: WeakKeyDictionary[nn.ModuleList, "Run"] = WeakKeyDictionary()
+_steered: WeakKeyDictionary[nn.ModuleList, "ReferenceType[Run]"] = WeakKeyDictionary()
+"""Which run steers a trunk; weak on both sides, so that a forgotten run does not keep a model alive."""
+
 _lock = threading.Lock()
 
 
@@ -44,8 +46,8 @@ class Run:
     """A steered model: what it did so far, and the handle that ends it. Made by `steer` and `attach`."""
 
     def __init__(self, model: nn.Module, method: Method, scope: str, on_empty: str) -> None:
-        self._model, self._method, self._scope, self._on_empty = model, method, scope, on_empty
-        self._base = transformers_model(model)
+        self._method, self._scope, self._on_empty = method, scope, on_empty
+        self._base, self._trunk = transformers_model(model), find_trunk(model)
         self._signature = inspect.signature(self._base.forward)
         self._image_ids = image_token_ids(model)
         self._prompt_tokens: int | None = None
@@ -54,6 +56,7 @@ class Run:
         self._handles: list[Any] = []
         self._tallies: dict[int, Tally] = {}
         self._notes: list[str] = []
+        self._claim = ref(self)
         self._forwards = 0
         self._now = threading.local()  # each thread is in a forward of its own
 
@@ -81,26 +84,25 @@ class Run:
             handle.remove()
         self._handles.clear()
         with _lock:
-            trunk = find_trunk(self._model).layers
-            if _steered.get(trunk) is self:
-                del _steered[trunk]
+            if _steered.get(self._trunk.layers) is self._claim:
+                del _steered[self._trunk.layers]
 
     def _put_on(self) -> None:
         """Claim the model, then hook it."""
-        trunk = find_trunk(self._model).layers
         with _lock:
-            if trunk in _steered:
+            claim = _steered.get(self._trunk.layers)
+            if claim is not None and (other := claim()) is not None:
                 raise SteeringConflictError(
-                    f"expected a model that is not steered, got one steered by {_steered[trunk]._method}; "
+                    f"expected a model that is not steered, got one steered by {other._method}; "
                     "end that `with` block or call remove() on its handle first"
                 )
-            _steered[trunk] = self
+            _steered[self._trunk.layers] = self._claim
         try:
             before = self._base.register_forward_pre_hook(self._before, with_kwargs=True)
             after = self._base.register_forward_hook(self._after, always_call=True)
             self._handles += [before, after]
             for layer in self._layers:
-                block = site(self._model, layer)
+                block = self._trunk.layers[layer]
                 self._handles.append(block.register_forward_hook(self._block_hook(layer)))
         except BaseException:
             self.remove()

@@ -1,6 +1,8 @@
 """Steering moves the right positions by the right delta, says what it did, and leaves nothing behind."""
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import naive
@@ -281,6 +283,25 @@ def test_attach_steers_until_removed(case: Case) -> None:
     assert torch.equal(case.logits(), logits)
     assert hooks(case.model) == count
     attach(case.model, SAESteering(case.sae())).remove()
+
+
+def test_inference_mode_and_plain_forwards_take_turns(llava: Case) -> None:
+    run = attach(llava.model, SAESteering(llava.sae()))
+    with torch.inference_mode():
+        inside = llava.logits()
+    assert torch.equal(llava.logits(), inside)
+    run.remove()
+    assert run.report().layers[0].positions["prompt"] == 2 * int(llava.masks()["prompt"].sum())
+
+
+def test_a_forgotten_run_does_not_keep_its_model_alive() -> None:
+    case = Case("llava")
+    attach(case.model, SAESteering(case.sae()))
+    case.logits()
+    gone = weakref.ref(case.model)
+    del case
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_release_steers_and_attaches(llava: Case) -> None:
