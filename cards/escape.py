@@ -76,7 +76,7 @@ def size(n_bytes: int) -> str:
         if value < 1000:
             break
         value, unit = value / 1000, larger
-    return f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+    return f"{n_bytes}\u00a0B" if unit == "B" else f"{value:.1f}\u00a0{unit}"  # unbroken in a narrow cell
 
 
 def _entity(characters: str) -> str:

@@ -5,6 +5,7 @@ Not made with DACO's own writers of releases, so that readers meet the format it
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,16 @@ def _write_layer(folder: Path, layer: int, words: Sequence[str], activation: str
     content = save(
         steering | {"R": np.array([3.5 + layer], np.float32)}, bound | {"format_version": FORMAT_VERSION}
     )
-    write_atomic(folder / "steering.safetensors", content)
+    write_atomic(folder / "steering.safetensors", sorted_metadata(content))
+
+
+def sorted_metadata(content: bytes) -> bytes:
+    """The bytes of a safetensors file with its metadata in order; the library writes them in any order."""
+    n = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + n])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + text.ljust(n) + content[8 + n :]
 
 
 def _atom(i: int, words: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""Publishes a release folder: stage, gate, then look at the repo, plan and take the next step until nothing is left.
+
+Reads the folder and the Hub; writes the folder's card and manifest, and one commit and one tag on the Hub. All state
+is the Hub's own, so after a crash, a lost answer or somebody else's commit, looking again says what is left to do.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from tqdm import tqdm
+
+from daco.errors import (
+    DacoError,
+    HubRefusedError,
+    HubUnavailableError,
+    PublishConflictError,
+    RefusedError,
+    TagMovedError,
+)
+from daco.manifest import MANIFEST, read_manifest, sha256_file
+from hub import retry
+from hub.gate import check_release
+from hub.plan import Add, File, Plan, Refusal, Remote, make_plan
+from hub.remote import MAIN, Target
+from hub.stage import stage
+from hub.verify import verify
+
+CONFLICTS = (409, 412)
+"""Statuses that say the repo moved: the tag or repo appeared, or `main` has another head."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What publishing did."""
+
+    repo_id: str
+    repo_type: str
+    tag: str
+    commit: str
+    """The commit behind the tag."""
+    url: str
+    """Page of the release."""
+    committed: bool
+    """Whether a commit was made; False when the repo held this release already."""
+    bytes_sent: int
+    """Bytes of the files in that commit, as planned."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A staged release folder and the files it would publish."""
+
+    folder: Path
+    version: str
+    files: Mapping[str, File]
+    """Path -> file, the manifest among them."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "Release":
+        """Read the manifest of a release folder; see `daco.manifest.read_manifest` for what it raises."""
+        manifest, path = read_manifest(folder), folder / MANIFEST
+        files = {name: File(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        files[MANIFEST] = File(path.stat().st_size, sha256_file(path))
+        return cls(folder, manifest["version"], files)
+
+    @property
+    def tag(self) -> str:
+        """The tag it is published under."""
+        return f"v{self.version}"
+
+    def plan(self, target: Target, remote: Remote, refusals: list[Refusal] | None = None) -> Plan:
+        """Compare it with what the repo holds."""
+        files = {name: self._with_oid(name, remote) for name in self.files}
+        return make_plan(target.repo_id, target.repo_type, self.version, files, remote, refusals or ())
+
+    def _with_oid(self, name: str, remote: Remote) -> File:
+        """The file with git's id where the repo has a regular file of that size, which has no other hash."""
+        file = self.files[name]
+        for there in (remote.files.get(name), (remote.tag_files or {}).get(name)):
+            if there is not None and there.sha256 is None and there.bytes == file.bytes:
+                return replace(file, git_oid=git_oid(self.folder / name))
+        return file
+
+
+def git_oid(path: Path) -> str:
+    """git's id of a file's content; regular files of a Hub are small."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def plan(folder: Path, target: Target) -> Plan:
+    """What publishing this folder would do now; stages it, changes nothing on the Hub.
+
+    Raises:
+        FormatError: the manifest breaks the format.
+        HubUnavailableError: the Hub did not answer within the bounded retries.
+        HubRefusedError: the Hub refused to say.
+    """
+    stage(folder)
+    refusals = check_release(folder)
+    release = Release.of(folder)
+    return release.plan(target, target.look_again(release.tag), refusals)
+
+
+def publish(folder: Path, target: Target, *, private: bool | None = None) -> Published:
+    """Publish a release folder as one commit with one tag; running it again resumes, or finds nothing to do.
+
+    Args:
+        folder: A finished release folder.
+        target: Where it goes.
+        private: Visibility of a repo that is made here; None is the Hub's default.
+
+    Raises:
+        RefusedError: the release must not leave; lists why.
+        TagMovedError: the tag exists on other content.
+        PublishConflictError: others kept changing the repo.
+        HubRefusedError: the Hub refused the token or the request.
+        HubUnavailableError: the Hub did not answer within the bounded retries.
+        VerificationError: the Hub serves something else than was sent.
+    """
+    stage(folder)
+    if refusals := check_release(folder):
+        raise RefusedError(_listed(f"{folder.name} is not published", refusals))
+    release = Release.of(folder)
+    work = _Work(release, target, private)
+    work.finish()
+    commit = verify(target, release.tag, (folder / MANIFEST).read_bytes())
+    url = f"{target.url}/tree/{release.tag}"
+    return Published(
+        target.repo_id, target.repo_type, release.tag, commit, url, work.committed, work.bytes_sent
+    )
+
+
+class _Work:
+    """One publishing of one release: what is planned, and what was uploaded so far."""
+
+    def __init__(self, release: Release, target: Target, private: bool | None) -> None:
+        self.release, self.target, self.private = release, target, private
+        self.committed, self.bytes_sent = False, 0
+        self.additions: dict[str, CommitOperationAdd] = {}
+
+    def finish(self) -> None:
+        """Take steps until nothing is left to do, through a bounded number of troubles."""
+        trouble: Exception | None = None
+        for attempt in range(retry.ATTEMPTS):
+            if trouble is not None:
+                retry.sleep(retry.wait_seconds(trouble, attempt - 1))
+            try:
+                while not (plan := self.look()).done:
+                    self.step(plan)
+                return
+            except DacoError:
+                raise
+            except retry.CAUGHT as error:
+                trouble = self._passing(error)
+        problem = f"{self.target}: gave up after {retry.ATTEMPTS} tries: {self._told(trouble)}; run it again"
+        raise (PublishConflictError if retry.status(trouble) in CONFLICTS else HubUnavailableError)(problem)
+
+    def look(self) -> Plan:
+        """The plan for the repo as it is now.
+
+        Raises:
+            TagMovedError: the tag is on other content.
+            RefusedError: the plan refuses for another reason.
+        """
+        remote = self.target.look(self.release.tag)
+        plan = self.release.plan(self.target, remote)
+        if plan.refusals:
+            moved = remote.tag_files is not None and not plan.tagged
+            raise (TagMovedError if moved else RefusedError)(_listed(str(self.target), plan.refusals))
+        return plan
+
+    def step(self, plan: Plan) -> None:
+        """Make the repo, or commit what differs and tag it."""
+        api, repo_id, repo_type = self.target.api, plan.repo_id, plan.repo_type
+        if plan.head is None:
+            api.create_repo(repo_id, repo_type=repo_type, private=self.private, exist_ok=True)
+            return
+        commit = self.commit(plan) if plan.changes else plan.head
+        api.create_tag(repo_id, repo_type=repo_type, tag=plan.tag, revision=commit)
+
+    def commit(self, plan: Plan) -> str:
+        """Upload what is new, one file after another, then commit all changes at once; returns the commit."""
+        added = [op for op in plan.changes if isinstance(op, Add)]
+        self.upload(plan, added)
+        operations = [
+            self.additions[op.path] if isinstance(op, Add) else CommitOperationDelete(op.path)
+            for op in plan.changes
+        ]
+        self.committed, self.bytes_sent = True, plan.bytes_to_send  # also true if only the answer gets lost
+        with warnings.catch_warnings():
+            # a model release has atoms.parquet on purpose
+            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+            info = self.target.api.create_commit(
+                plan.repo_id,
+                operations,
+                commit_message=f"Release {plan.tag}",
+                repo_type=plan.repo_type,
+                revision=MAIN,
+                parent_commit=plan.head,
+            )
+        return str(info.oid)
+
+    def upload(self, plan: Plan, added: list[Add]) -> None:
+        """Send the large files ahead of the commit; those sent before a trouble are not sent again."""
+        with tqdm(
+            total=sum(op.bytes for op in added), unit="B", unit_scale=True, desc=plan.repo_id, disable=None
+        ) as bar:
+            for op in added:
+                if op.path not in self.additions:
+                    self.additions[op.path] = CommitOperationAdd(op.path, str(self.release.folder / op.path))
+                self.target.api.preupload_lfs_files(
+                    plan.repo_id, [self.additions[op.path]], repo_type=plan.repo_type, free_memory=False
+                )
+                bar.update(op.bytes)
+
+    def _passing(self, error: Exception) -> Exception:
+        """`error`, if looking again may help; what the Hub said about the files is forgotten if it moved."""
+        if retry.status(error) in CONFLICTS:
+            self.additions.clear()
+        elif not retry.is_transient(error):
+            raise HubRefusedError(
+                f"{self.target}: {self._told(error)}; check your login and rights"
+            ) from None
+        return error
+
+    def _told(self, error: BaseException | None) -> str:
+        return retry.told(error, self.target.secret) if error else "no answer"
+
+
+def _listed(title: str, refusals: list[Refusal] | tuple[Refusal, ...]) -> str:
+    return f"{title}:\n- " + "\n- ".join(map(str, refusals))

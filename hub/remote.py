@@ -1,0 +1,78 @@
+"""A repo on a Hub as publishing sees it: what it holds now.
+
+Reads through `huggingface_hub.HfApi`; writes nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from hub import retry
+from hub.plan import Remote, RemoteFile
+
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One repo on one Hub."""
+
+    repo_id: str
+    """`org/name`."""
+    repo_type: str
+    """`dataset` or `model`."""
+    endpoint: str | None = None
+    """Address of the Hub; None is huggingface_hub's own setting."""
+    token: str | None = field(default=None, repr=False)
+    """None is the token of the login, if any."""
+
+    @cached_property
+    def api(self) -> HfApi:
+        """The client."""
+        return HfApi(endpoint=self.endpoint, token=self.token, library_name="daco-hub")
+
+    @property
+    def secret(self) -> str | None:
+        """The token in use, to keep it out of every message."""
+        return self.token or get_token()
+
+    @property
+    def url(self) -> str:
+        """The repo's page."""
+        folder = "datasets/" if self.repo_type == "dataset" else ""
+        return f"{self.api.endpoint}/{folder}{self.repo_id}"
+
+    def __str__(self) -> str:
+        return f"{self.repo_type} {self.repo_id}"
+
+    def look(self, tag: str) -> Remote:
+        """What the repo holds at `main` and at `tag`; raises what huggingface_hub raises."""
+        try:
+            refs = self.api.list_repo_refs(self.repo_id, repo_type=self.repo_type)
+        except RepositoryNotFoundError:
+            return Remote(None)
+        head = next((branch.target_commit for branch in refs.branches if branch.name == MAIN), None)
+        tags = {one.name: one.target_commit for one in refs.tags}
+        files = self.files(head) if head else {}
+        if tag not in tags:
+            return Remote(head, files, tags)
+        return Remote(head, files, tags, files if tags[tag] == head else self.files(tag))
+
+    def files(self, revision: str) -> Mapping[str, RemoteFile]:
+        """Path -> file at a revision."""
+        entries = self.api.list_repo_tree(
+            self.repo_id, repo_type=self.repo_type, revision=revision, recursive=True
+        )
+        return {
+            entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
+            for entry in entries
+            if isinstance(entry, RepoFile)
+        }
+
+    def look_again(self, tag: str) -> Remote:
+        """As `look`, tried again while the Hub has trouble."""
+        return retry.call(f"reading {self}", self.secret, lambda: self.look(tag))

@@ -1,0 +1,23 @@
+"""Makes a release folder ready to publish: renders its card and lists it in the manifest.
+
+Reads a release folder; writes `README.md` and `manifest.json` there. Running it again changes no byte.
+"""
+
+from pathlib import Path
+
+from cards.facts import CARD
+from cards.render import render
+from daco.manifest import file_entry, read_manifest, write_atomic, write_manifest
+
+
+def stage(folder: Path) -> None:
+    """Render README.md into a release folder and write its entry into the manifest.
+
+    Raises:
+        IntegrityError: a file of the release is missing or unreadable.
+        FormatError: the manifest or config breaks the format.
+    """
+    manifest = read_manifest(folder)
+    write_atomic(folder / CARD, render(folder))
+    manifest["files"][CARD] = file_entry(folder / CARD)
+    write_manifest(folder, manifest)
