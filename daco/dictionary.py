@@ -44,6 +44,10 @@ class ConceptDictionary:
                 raise FormatError(
                     f"layer {layer}: expected directions {list(expected)}, got {list(rows.shape)}"
                 )
+            if not bool(rows.isfinite().all()):
+                raise FormatError(
+                    f"layer {layer}: expected finite directions, got NaN or infinity; build them again"
+                )
         if unknown := set(self.concepts["polarity"]) - set(POLARITIES):
             raise FormatError(f"concepts: expected polarity among {POLARITIES}, got {sorted(unknown)}")
 

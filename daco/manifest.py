@@ -5,6 +5,7 @@ Reads and writes `manifest.json`; hashes the files beside it.
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -35,6 +36,15 @@ _KEYS: dict[str, type] = {
     "facts": dict,
 }
 _DATASET_KEYS: dict[str, type] = {"configs": dict, "models": dict}
+
+MODEL_KEYS: dict[str, type] = {
+    "id": str,
+    "revision": str,
+    "model_type": str,
+    "hidden_size": int,
+    "n_layers": int,
+}
+"""The fields of `daco.sites.ModelFacts`, as releases write them."""
 
 
 def canonical_json(value: Any) -> str:
@@ -98,9 +108,9 @@ def validate(manifest: object) -> None:
     if not isinstance(manifest, Mapping):
         raise FormatError(f"{MANIFEST}: expected a JSON object, got {type(manifest).__name__}")
     check_format_version(manifest.get("format_version"))
-    broken = [*_broken_keys(manifest), *_broken_files(manifest.get("files"))]
+    broken = [*_broken_keys(manifest), *_broken_files(manifest.get("files")), *_broken_facts(manifest)]
     if manifest.get("kind") == "dataset":
-        broken += _broken_configs(manifest)
+        broken += [*_broken_configs(manifest), *_broken_models(manifest.get("models"))]
     if broken:
         raise FormatError(f"{MANIFEST} breaks the format:\n- " + "\n- ".join(broken))
 
@@ -130,8 +140,26 @@ def _broken_files(files: object) -> list[str]:
             broken.append(f"files: {path!r} is not a plain relative path of a release")
         if not isinstance(entry, Mapping) or not _SHA256.fullmatch(str(entry.get("sha256", ""))):
             broken.append(f"files: {path!r}: expected a sha256 of 64 hex digits")
-        elif not isinstance(entry.get("bytes"), int) or entry["bytes"] < 0:
+        elif not _is_count(entry.get("bytes")):
             broken.append(f"files: {path!r}: expected a size in bytes, got {entry.get('bytes')!r}")
+        elif not _is_count(entry.get("rows", 0)):
+            broken.append(f"files: {path!r}: expected a number of rows, got {entry['rows']!r}")
+    return broken
+
+
+def _broken_facts(manifest: Mapping[str, Any]) -> list[str]:
+    """What cards and gates read: sources and counts."""
+    sources, counts = manifest.get("sources"), manifest.get("counts")
+    broken = [
+        f"sources: expected objects with a name, got {source!r}"
+        for source in (sources if isinstance(sources, list) else ())
+        if not isinstance(source, Mapping) or not isinstance(source.get("name"), str)
+    ]
+    for stage, found in counts.items() if isinstance(counts, Mapping) else ():
+        skipped = found.get("skipped", {}) if isinstance(found, Mapping) else None
+        numbers = [found.get("in", 0), found.get("out", 0)] if isinstance(found, Mapping) else []
+        if not isinstance(skipped, Mapping) or not all(map(_is_count, [*numbers, *skipped.values()])):
+            broken.append(f"counts: {stage!r}: expected in, out and skipped as numbers, got {found!r}")
     return broken
 
 
@@ -141,19 +169,91 @@ def _broken_configs(manifest: Mapping[str, Any]) -> list[str]:
         return []
     broken = []
     for config, facts in configs.items():
-        for split, part in facts.get("splits", {}).items():
-            if not _SPLIT.fullmatch(split):
-                broken.append(f"configs: split {split!r} of {config!r}: expected letters, digits and _ only")
-            missing = [path for path in part.get("files", ()) if path not in files]
-            broken += [
-                f"configs: {config}/{split} names {path!r}, which is not among the files" for path in missing
-            ]
-            rows = sum(files[path].get("rows", 0) for path in part.get("files", ()) if path in files)
-            if not missing and rows != part.get("rows"):
-                broken.append(
-                    f"configs: {config}/{split}: expected {part.get('rows')} rows, its files have {rows}"
-                )
+        splits = facts.get("splits") if isinstance(facts, Mapping) else None
+        if not isinstance(splits, Mapping) or not isinstance(facts.get("columns", []), list):
+            broken.append(f"configs: {config!r}: expected an object with splits and columns, got {facts!r}")
+            continue
+        for split, part in splits.items():
+            broken += _broken_split(f"{config}/{split}", split, part, files)
     return broken
+
+
+def _broken_split(where: str, split: str, part: object, files: Mapping[str, Any]) -> list[str]:
+    broken = []
+    if not _SPLIT.fullmatch(split):
+        broken.append(f"configs: split {split!r} of {where}: expected letters, digits and _ only")
+    names = part.get("files") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(names, list):
+        return [*broken, f"configs: {where}: expected an object with files and rows, got {part!r}"]
+    missing = [name for name in names if not isinstance(name, str) or name not in files]
+    broken += [f"configs: {where} names {name!r}, which is not among the files" for name in missing]
+    entries = [files[name] for name in names if name not in missing]
+    if not missing and all(
+        isinstance(entry, Mapping) and _is_count(entry.get("rows", 0)) for entry in entries
+    ):
+        rows = sum(entry.get("rows", 0) for entry in entries)
+        if rows != part.get("rows"):
+            broken.append(f"configs: {where}: expected {part.get('rows')} rows, its files have {rows}")
+    return broken
+
+
+def _broken_models(models: object) -> list[str]:
+    broken = []
+    for name, facts in models.items() if isinstance(models, Mapping) else ():
+        if not isinstance(facts, Mapping):
+            broken.append(f"models: {name!r}: expected an object, got {facts!r}")
+            continue
+        where = f"models: {name!r}"
+        found = broken_model(where, {key: facts.get(key) for key in MODEL_KEYS})
+        found += broken_layers(where, facts.get("layers"), facts.get("n_layers"))
+        R, layers = facts.get("R"), facts.get("layers")
+        if not found and (
+            not isinstance(R, Mapping)
+            or set(R) != {str(layer) for layer in layers}  # type: ignore[union-attr]
+            or not all(_is_number(value) and value > 0 for value in R.values())
+        ):
+            found.append(f"{where}: expected R as a number above 0 for each of layers {layers}, got {R!r}")
+        broken += found
+    return broken
+
+
+def broken_model(where: str, facts: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the facts of a model, `MODEL_KEYS` with their types; `where` names them."""
+    if set(facts) != set(MODEL_KEYS):
+        return [f"{where}: expected keys {sorted(MODEL_KEYS)}, got {sorted(facts)}"]
+    broken = [
+        f"{where}: {key}: expected {kind.__name__}, got {facts[key]!r}"
+        for key, kind in MODEL_KEYS.items()
+        if type(facts[key]) is not kind
+    ]
+    return broken or [
+        f"{where}: {key}: expected at least 1, got {facts[key]}"
+        for key in ("hidden_size", "n_layers")
+        if facts[key] < 1
+    ]
+
+
+def broken_layers(where: str, layers: object, n_layers: object) -> list[str]:
+    """What is wrong with a list of layers: rising numbers below `n_layers` are right."""
+    if (
+        isinstance(layers, list)
+        and layers
+        and all(type(layer) is int for layer in layers)
+        and layers == sorted(set(layers))
+        and type(n_layers) is int
+        and layers[0] >= 0
+        and layers[-1] < n_layers
+    ):
+        return []
+    return [f"{where}: expected layers as rising numbers from 0 and below {n_layers}, got {layers!r}"]
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The weights are in the layout of SAELens 6 and load there as they lie.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from daco.errors import FormatError, IntegrityError
 from daco.load import Snapshot
-from daco.manifest import FORMAT_VERSION, canonical_json, check_format_version, sha256_file, write_atomic
+from daco.manifest import (
+    FORMAT_VERSION,
+    broken_layers,
+    broken_model,
+    canonical_json,
+    check_format_version,
+    sha256_file,
+    write_atomic,
+)
 from daco.sae import ACTIVATIONS, SAE, LayerSAE
 from daco.sites import ModelFacts
 from daco.tables import ATOMS, POLARITIES, read_table, write_table
@@ -48,15 +57,26 @@ def validate_config(config: object) -> None:
         if not isinstance(config.get(key), kind)
     ]
     if not broken:
-        expected = set(ModelFacts.__dataclass_fields__)
-        if (got := set(config["base_model"])) != expected:
-            broken.append(f"base_model: expected keys {sorted(expected)}, got {sorted(got)}")
-        if missing := {"eta", "gamma", "scope"} - set(config["steering"]):
-            broken.append(f"steering: expected {sorted(missing)}, got none")
+        broken += broken_model("base_model", config["base_model"])
+        broken += broken_layers("config.json", config["layers"], config["base_model"].get("n_layers"))
+        broken += _broken_steering(config["steering"])
     if config.get("activation") not in ACTIVATIONS:
         broken.append(f"activation: expected one of {ACTIVATIONS}, got {config.get('activation')!r}")
     if broken:
         raise FormatError("config.json breaks the format:\n- " + "\n- ".join(broken))
+
+
+def _broken_steering(steering: dict[str, Any]) -> list[str]:
+    if missing := {"eta", "gamma", "scope"} - set(steering):
+        return [f"steering: expected {sorted(missing)}, got none"]
+    broken = [
+        f"steering: {name}: expected a number, got {steering[name]!r}"
+        for name in ("eta", "gamma")
+        if type(steering[name]) not in (int, float) or not math.isfinite(steering[name])
+    ]
+    if not isinstance(steering["scope"], str):
+        broken.append(f"steering: scope: expected a text, got {steering['scope']!r}")
+    return broken
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -142,7 +162,7 @@ def write_layer(folder: Path, layer: LayerSAE, model: ModelFacts) -> None:
 def read_layer(snapshot: Snapshot, layer: int, dtype: torch.dtype, device: str | torch.device) -> LayerSAE:
     """Read a layer's four files; see `SteeringSAE.from_pretrained` for what it raises."""
     folder = layer_folder(layer)
-    cfg = json.loads(snapshot.path(f"{folder}/cfg.json").read_bytes())
+    cfg = _read_cfg(snapshot.path(f"{folder}/cfg.json"), folder)
     weights_path = snapshot.path(f"{folder}/sae_weights.safetensors")
     tensors = {name: tensor.to(device, dtype) for name, tensor in _load_tensors(weights_path).items()}
     expected = {"W_enc", "b_enc", "W_dec", "b_dec"} | (
@@ -150,17 +170,42 @@ def read_layer(snapshot: Snapshot, layer: int, dtype: torch.dtype, device: str |
     )
     if set(tensors) != expected:
         raise FormatError(f"{folder}/sae_weights: expected tensors {sorted(expected)}, got {sorted(tensors)}")
-    activation = {value: key for key, value in _ARCHITECTURES.items()}.get(cfg["architecture"])
-    if activation is None:
-        raise FormatError(
-            f"{folder}/cfg.json: expected {[*_ARCHITECTURES.values()]}, got {cfg['architecture']!r}"
-        )
+    _check_finite(tensors, f"{folder}/sae_weights")
+    activation = {value: key for key, value in _ARCHITECTURES.items()}[cfg["architecture"]]
     sae = SAE(**tensors, activation=activation, k=cfg.get("k")).requires_grad_(False)
     atoms = read_table(snapshot.path(f"{folder}/atoms.parquet"), ATOMS).to_pandas()
     _check_atoms(atoms, sae.n_atoms, layer)
     steering = snapshot.path(f"{folder}/steering.safetensors")
     _check_binding(steering, snapshot.manifest["files"][f"{folder}/sae_weights.safetensors"]["sha256"])
-    return LayerSAE(layer, sae, atoms, float(_load_tensors(steering)["R"][0]))
+    return LayerSAE(layer, sae, atoms, _read_R(steering, folder))
+
+
+def _read_cfg(path: Path, folder: str) -> dict[str, Any]:
+    """A layer's `cfg.json`, as far as we read it."""
+    try:
+        cfg = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise IntegrityError(
+            f"{folder}/cfg.json: expected JSON, got {error}; download or build it again"
+        ) from error
+    architecture = cfg.get("architecture") if isinstance(cfg, dict) else cfg
+    if architecture not in (known := [*_ARCHITECTURES.values()]):
+        raise FormatError(f"{folder}/cfg.json: expected an architecture of {known}, got {architecture!r}")
+    return dict(cfg)
+
+
+def _read_R(path: Path, folder: str) -> float:
+    R = _load_tensors(path).get("R")
+    value = float(R[0]) if R is not None and list(R.shape) == [1] else math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise FormatError(f"{folder}/steering: expected R as one number above 0, got {R}; build it again")
+    return value
+
+
+def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    bad = [name for name, tensor in sorted(tensors.items()) if not bool(tensor.isfinite().all())]
+    if bad:
+        raise FormatError(f"{where}: expected finite numbers, got NaN or infinity in {bad}; build it again")
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
