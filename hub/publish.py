@@ -1,7 +1,7 @@
-"""Publishes a release folder: stage, gate, then look at the repo, plan and take the next step until nothing is left.
+"""Publishes a release folder: stage, gate, then look at the repo and take the next step until none is left.
 
-Reads the folder and the Hub; writes the folder's card and manifest, and one commit and one tag on the Hub. All state
-is the Hub's own, so after a crash, a lost answer or somebody else's commit, looking again says what is left to do.
+Reads the folder and the Hub; writes the folder's card and manifest, and one commit and one tag on the Hub. The
+state is the Hub's own: after a crash, a lost answer or a foreign commit, looking again says what is left to do.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from daco.manifest import MANIFEST, read_manifest, sha256_file
 from hub import retry
 from hub.gate import check_release
 from hub.plan import Add, File, Plan, Refusal, Remote, make_plan
-from hub.remote import MAIN, Target
+from hub.remote import MAIN, Target, own_bars
 from hub.stage import stage
 from hub.verify import verify
 
@@ -207,9 +207,8 @@ class _Work:
 
     def upload(self, plan: Plan, added: list[Add]) -> None:
         """Send the large files ahead of the commit; those sent before a trouble are not sent again."""
-        with tqdm(
-            total=sum(op.bytes for op in added), unit="B", unit_scale=True, desc=plan.repo_id, disable=None
-        ) as bar:
+        total = sum(op.bytes for op in added)
+        with own_bars(), tqdm(total=total, unit="B", unit_scale=True, desc=plan.repo_id, disable=None) as bar:
             for op in added:
                 if op.path not in self.additions:
                     self.additions[op.path] = CommitOperationAdd(op.path, str(self.release.folder / op.path))

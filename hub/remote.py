@@ -3,18 +3,32 @@
 Reads through `huggingface_hub.HfApi`; writes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from hub import retry
 from hub.plan import Remote, RemoteFile
 
 MAIN = "main"
+
+
+@contextmanager
+def own_bars() -> Iterator[None]:
+    """No progress bars of huggingface_hub inside the block: it draws several a file, also into logs."""
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which troubles with a Hub pass by themselves, how long to wait for that, and how errors are told without secrets.
+"""Which troubles with a Hub pass, how long to wait for that, and how errors are told without secrets.
 
 Reads and writes nothing; `sleep` waits.
 """
@@ -46,7 +46,7 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def wait_seconds(error: BaseException, attempt: int) -> float:
-    """How long to wait after the failed `attempt` (from 0): what the Hub asked for, else 1, 2, 4 ... seconds."""
+    """Seconds to wait after the failed `attempt` (from 0): what the Hub asked for, else 1, 2, 4 ..."""
     response = getattr(error, "response", None)
     headers = {} if response is None else response.headers
     limit = parse_ratelimit_headers(headers)

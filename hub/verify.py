@@ -15,7 +15,7 @@ from daco.errors import DacoError, HubRefusedError, IntegrityError, Verification
 from daco.manifest import MANIFEST, check_file, parse_manifest
 from hub import retry
 from hub.plan import KEPT
-from hub.remote import Target
+from hub.remote import Target, own_bars
 
 
 def verify(target: Target, tag: str, manifest: bytes | None = None) -> str:
@@ -42,10 +42,13 @@ def verify(target: Target, tag: str, manifest: bytes | None = None) -> str:
     )
     commit = str(info.sha)
     there = retry.call(f"{target} at {tag}", target.secret, lambda: target.files(commit))
-    problems, files = _manifest(target, commit, manifest)
-    problems += [f"{name}: not in the manifest" for name in sorted(set(there) - {*files, MANIFEST, *KEPT})]
-    for name, entry in tqdm(sorted(files.items()), desc="verify", unit="file", disable=None):
-        problems += _problems(target, commit, name, entry)
+    with own_bars():
+        problems, files = _manifest(target, commit, manifest)
+        problems += [
+            f"{name}: not in the manifest" for name in sorted(set(there) - {*files, MANIFEST, *KEPT})
+        ]
+        for name, entry in tqdm(sorted(files.items()), desc="verify", unit="file", disable=None):
+            problems += _problems(target, commit, name, entry)
     if problems:
         raise VerificationError(
             f"{target} at {tag} differs from its manifest; publish again under a higher version:\n- "

@@ -1,0 +1,147 @@
+"""Command line of publishing: `python -m hub serve | stage | plan | publish | verify`.
+
+Reads release folders, and the Hub's address and token from huggingface_hub's own settings (`HF_ENDPOINT`,
+`HF_TOKEN`, `hf auth login`); a token is never an argument and never printed.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cards.facts import is_hub_id, repo_id
+from daco.errors import DacoError, RecipeError
+from daco.manifest import MANIFEST, read_manifest
+from hub import publish as publishing
+from hub.remote import Target
+from hub.server import serve as serve_hub
+from hub.stage import stage as stage_folder
+from hub.verify import verify as verify_release
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Folder = Annotated[
+    Path,
+    typer.Argument(help="Release folder, for instance RUN/release/dataset.", exists=True, file_okay=False),
+]
+Repo = Annotated[str | None, typer.Option(help="org/name; the manifest's when left out.")]
+Endpoint = Annotated[str | None, typer.Option(help="Address of the Hub; HF_ENDPOINT's when left out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def serve(
+    root: Annotated[Path, typer.Option(help="Folder that holds the Hub; made if missing.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; its tokens are no secrets.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
+) -> None:
+    """Serve a local Hub until interrupted; its tokens are hf_local (write) and hf_local_reader (read)."""
+    try:
+        serve_hub(root, host, port)
+    except OSError as error:  # the port or the folder is taken
+        raise typer.Exit(_fail(error)) from None
+
+
+@app.command()
+def stage(folder: Folder) -> None:
+    """Render the card of a release folder and list it in the manifest."""
+    stage_folder(folder)
+    print(folder / "README.md")
+
+
+@app.command()
+def plan(folder: Folder, repo: Repo = None, endpoint: Endpoint = None, as_json: Json = False) -> None:
+    """Show what publishing would send, delete or refuse; exit code 1 when it would refuse."""
+    found = publishing.plan(folder, _target(folder, repo, endpoint))
+    print(_json(found.to_json()) if as_json else found)
+    if found.refusals:
+        raise typer.Exit(1)
+
+
+@app.command()
+def publish(
+    folder: Folder,
+    repo: Repo = None,
+    endpoint: Endpoint = None,
+    private: Annotated[bool | None, typer.Option(help="Visibility of a repo that is made.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a release folder as one commit and one tag, and read it back; run again to resume."""
+    done = publishing.publish(folder, _target(folder, repo, endpoint), private=private)
+    what = (
+        f"sent {done.bytes_sent:,} B" if done.committed else "nothing to do: the tag holds this very content"
+    )
+    print(
+        _json(asdict(done))
+        if as_json
+        else f"{done.repo_type} {done.repo_id} {done.tag} is commit {done.commit}\n{what}\n{done.url}"
+    )
+
+
+@app.command()
+def verify(
+    release: Annotated[str, typer.Argument(help="Release folder, or org/name of a repo.")],
+    repo: Repo = None,
+    kind: Annotated[
+        str, typer.Option("--type", help="dataset or model, of a repo given by name.")
+    ] = "dataset",
+    tag: Annotated[str | None, typer.Option(help="Tag; the folder's own version, or main of a repo.")] = None,
+    endpoint: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Compare every byte that the Hub serves at a tag with the release's manifest."""
+    folder, expected = Path(release), None
+    if folder.is_dir():
+        target, tag = _target(folder, repo, endpoint), tag or f"v{read_manifest(folder)['version']}"
+        expected = (folder / MANIFEST).read_bytes()
+    else:
+        target, tag = Target(_checked(release, release), _kind(kind), endpoint), tag or "main"
+    commit = verify_release(target, tag, expected)
+    facts = {"repo_id": target.repo_id, "repo_type": target.repo_type, "tag": tag, "commit": commit}
+    print(
+        _json(facts) if as_json else f"{target} {tag} is commit {commit}; every file is as its manifest says"
+    )
+
+
+def _target(folder: Path, repo: str | None, endpoint: str | None) -> Target:
+    manifest = read_manifest(folder)
+    return Target(_checked(repo or repo_id(manifest), str(folder)), manifest["kind"], endpoint)
+
+
+def _checked(repo: str, where: str) -> str:
+    if not is_hub_id(repo):
+        raise RecipeError(
+            f"{where}: expected a repo `org/name`, got {repo!r}; set release.org or give --repo"
+        )
+    return repo
+
+
+def _kind(text: str) -> str:
+    if text not in ("dataset", "model"):
+        raise typer.BadParameter(f"expected dataset or model, got {text!r}", param_hint="--type")
+    return text
+
+
+def _json(facts: dict[str, Any]) -> str:
+    return json.dumps(facts, indent=2, sort_keys=True)
+
+
+def _fail(error: Exception) -> int:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return 1
+
+
+def main() -> int:
+    """Run the command line; our own errors end it with one line and exit code 1."""
+    try:
+        app()
+    except DacoError as error:
+        return _fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
