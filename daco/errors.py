@@ -78,3 +78,7 @@ class HubUnavailableError(DacoError, ConnectionError):
 
 class VerificationError(DacoError, RuntimeError):
     """What was read back from the Hub differs from the manifest."""
+
+
+class HubRefusedError(DacoError, PermissionError):
+    """The Hub refused a request: not logged in, no right to write, or a rule of the Hub's own."""

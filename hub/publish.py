@@ -1,7 +1,7 @@
 """Publishes a release folder: stage, gate, then look at the repo and take the next step until none is left.
 
-Reads the folder and the Hub; writes the folder's card and manifest, and one commit and one tag on the Hub. The
-state is the Hub's own: after a crash, a lost answer or a foreign commit, looking again says what is left to do.
+Reads the folder and the Hub; writes the folder's card and manifest, and one commit and one tag on the Hub.
+All state is the Hub's, so after a crash, a lost answer or a foreign commit, looking again says what is left.
 """
 
 import hashlib
