@@ -324,9 +324,8 @@ def _positions(
     past = _past_length(call.get("past_key_values"))
     if scope in ("prompt", "generated") and prompt_tokens is None:
         _refuse_ambiguous(scope, past, width, call.get("use_cache"))
-    start = (
-        width if past == 0 else 0
-    )  # without further word: a first forward is the prompt, all later are generated
+    # without further word, a first forward is all prompt, and later ones are generated
+    start = width if past == 0 else 0
     if prompt_tokens is not None:
         start = min(max(prompt_tokens - past, 0), width)
     prompt = kept.clone()

@@ -56,7 +56,7 @@ def layer_sae(
     W_enc = (W_dec + 0.1 * draw.normal(size=W_dec.shape)).T
     weights = [W_enc, 0.1 * draw.normal(size=N_ATOMS), W_dec, 0.1 * draw.normal(size=D.shape[1])]
     threshold = (
-        torch.from_numpy(draw.uniform(-0.1, 0.5, N_ATOMS)).to(dtype) if activation == "jumprelu" else None
+        torch.from_numpy(draw.uniform(-0.8, 0.5, N_ATOMS)).to(dtype) if activation == "jumprelu" else None
     )
     sae = SAE(
         *(torch.from_numpy(np.ascontiguousarray(w)).to(dtype) for w in weights),

@@ -482,6 +482,20 @@ def test_a_text_model_is_steered_and_has_no_images() -> None:
     assert run.report().layers[0].positions == {"image": 0, "prompt": 48, "generated": 0}
 
 
+def test_a_padded_single_token_is_untouched() -> None:
+    model = text_model("LlamaConfig").double().eval()
+    ids, mask = torch.tensor([[5], [7]]), torch.tensor([[1], [0]])
+    with capture(model, [1]) as captured:
+        before = captured.run(ids).logits
+        with steer(model, SAESteering(small_sae.steering_sae(ModelFacts.of(model)))) as run:
+            after = captured.run(ids, attention_mask=torch.ones_like(mask)).logits
+            masked = captured.run(ids, attention_mask=mask).logits
+    assert torch.equal(masked[0], after[0])
+    assert not torch.equal(masked[0], before[0])
+    assert torch.equal(masked[1], model(ids, attention_mask=mask).logits[1])
+    assert run.report().layers[0].positions["prompt"] == 3
+
+
 def test_where_prompt_and_answer_cannot_be_told_apart_is_refused(llava: Case) -> None:
     method = SAESteering(llava.sae())
     for scope in ("prompt", "generated"):
@@ -519,12 +533,17 @@ def test_a_static_cache_is_refused(llava: Case) -> None:
         llava.model.generate(**llava.inputs, max_new_tokens=2, cache_implementation="static")
 
 
+def call_whole_then_part(case: Case) -> None:
+    case.logits()
+    case.model.model(**case.inputs)
+
+
 def test_a_part_of_the_model_is_not_silently_left_alone(llava: Case) -> None:
     with (
         pytest.raises(SteeringConflictError, match="a call of the whole LlavaForConditionalGeneration"),
         steer(llava.model, SAESteering(llava.sae())),
     ):
-        llava.model.model(**llava.inputs)
+        call_whole_then_part(llava)
 
 
 def with_no_hooks_of(block: nn.Module, call: Any) -> None:
