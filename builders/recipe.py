@@ -4,6 +4,8 @@ Reads `recipes/*.toml`; `--set section.field=value` overrides single fields.
 """
 
 import dataclasses
+import math
+import re
 import tomllib
 import types
 import typing
@@ -368,11 +370,81 @@ def _override(sections: dict[str, Any], text: str) -> None:
     sections.setdefault(section, {})[name] = parsed
 
 
+_AT_LEAST = {
+    0: "run.seed corpus.rows sae.n_atoms activations.tokens_per_stimulus sae.eval_tokens",
+    1: "run.threads corpus.shard_rows concepts.min_count concepts.max_concepts clip.steps clip.batch "
+    "clip.image_size clip.patch_size clip.hidden clip.n_layers embeddings.batch embeddings.shard_rows "
+    "stimuli.n_positive stimuli.min_positive stimuli.block activations.batch activations.shard_rows "
+    "clip.checkpoint_steps sae.steps sae.batch sae.eval_steps sae.checkpoint_steps atoms.n_nearest "
+    "evaluate.items evaluate.batch",
+    2: "stimuli.pool",
+}
+"""Fields of whole numbers, by the least they may be."""
+
+_RANGES = {
+    "clip.learning_rate": (0.0, 1.0),
+    "clip.holdout": (0.0, 1.0),
+    "activations.max_norm": (1.0, math.inf),
+    "sae.learning_rate": (0.0, 1.0),
+    "sae.l1": (0.0, math.inf),
+    "sae.holdout": (0.0, 1.0),
+    "atoms.eta": (0.0, 1.0),
+    "evaluate.gamma": (0.0, math.inf),
+}
+"""Fields of real numbers, by the least and the most they may be."""
+
+_REPO_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for least, names in _AT_LEAST.items():
+        for where in names.split():
+            if (value := _field(recipe, where)) < least:
+                raise RecipeError(f"{where}: expected at least {least}, got {value}")
+    for where, (low, high) in _RANGES.items():
+        if not (math.isfinite(value := _field(recipe, where)) and low <= value <= high):
+            raise RecipeError(f"{where}: expected a number from {low:g} to {high:g}, got {value}")
+
+
+def _check_release(recipe: Recipe) -> None:
+    """What would otherwise fail after hours, when the release is written."""
+    if not re.fullmatch(r"\d+\.\d+\.\d+", recipe.release.version):
+        raise RecipeError(
+            f"release.version: expected MAJOR.MINOR.PATCH like 1.0.0, got {recipe.release.version!r}"
+        )
+    for where in ("release.org", "release.dataset", "release.model"):
+        name = _field(recipe, where)
+        if (name or where != "release.model") and not re.fullmatch(_REPO_PART, name):
+            raise RecipeError(f"{where}: expected letters, digits, '-', '_' and '.', got {name!r}")
+
+
+def check_k(config: SaeConfig, n_atoms: int) -> None:
+    """Refuse a k that TopK cannot have.
+
+    Raises:
+        RecipeError: k is below 1 or above the number of atoms.
+    """
+    if config.activation == "topk" and not 0 < config.k <= n_atoms:
+        raise RecipeError(
+            f"sae.k: expected 1 to n_atoms = {n_atoms}, got {config.k}; lower k or raise n_atoms"
+        )
+
+
+def _field(recipe: Recipe, where: str) -> Any:
+    section, _, name = where.partition(".")
+    return getattr(getattr(recipe, section), name)
+
+
 def _check(recipe: Recipe) -> None:
     """Ranges and choices; the first broken one is raised."""
+    _check_ranges(recipe)
+    _check_release(recipe)
+    if recipe.sae.n_atoms:
+        check_k(recipe.sae, recipe.sae.n_atoms)
     choices = {
         "corpus.kind": (recipe.corpus.kind, ("folder", "table", "coco", "dataset", "drawn")),
         "concepts.source": (recipe.concepts.source, ("captions", "table")),
+        "model.dtype": (recipe.model.dtype, ("float32", "bfloat16", "float16")),
         "model.tiny": (recipe.model.tiny, ("", "llava", "qwen2_5_vl", "internvl")),
         "activations.reading": (recipe.activations.reading, ("last", "caption_last", "caption_mean")),
         "sae.activation": (recipe.sae.activation, ("topk", "relu")),
@@ -381,11 +453,13 @@ def _check(recipe: Recipe) -> None:
     for where, (value, allowed) in choices.items():
         if value not in allowed:
             raise RecipeError(f"{where}: expected one of {allowed}, got {value!r}")
-    if not recipe.activations.layers or list(recipe.activations.layers) != sorted(
-        set(recipe.activations.layers)
-    ):
+    layers = list(recipe.activations.layers)
+    if not layers or layers != sorted(set(layers)) or layers[0] < 0:
+        raise RecipeError(f"activations.layers: expected rising layer numbers from 0, got {layers}")
+    if recipe.clip.image_size % recipe.clip.patch_size:
         raise RecipeError(
-            f"activations.layers: expected rising layer numbers, got {recipe.activations.layers}"
+            f"clip.image_size: expected a multiple of clip.patch_size = {recipe.clip.patch_size}, "
+            f"got {recipe.clip.image_size}"
         )
     if not recipe.model.id and not recipe.model.tiny:
         raise RecipeError("model: expected an `id` (Hub id or folder) or `tiny`, got neither")

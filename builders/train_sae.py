@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from builders.recipe import SaeConfig
+from builders.recipe import SaeConfig, check_k
 from builders.stages import Work
 from builders.tokens import TokenShards, read_facts
 from daco.errors import ActivationError, ModelMismatchError, RecipeError
@@ -392,10 +392,7 @@ def _started(
     device: str,
 ) -> Training:
     n_atoms = config.n_atoms or default_atoms(0 if directions is None else len(directions))
-    if config.activation == "topk" and not 0 < config.k <= n_atoms:
-        raise RecipeError(
-            f"sae.k: expected 1 to n_atoms = {n_atoms}, got {config.k}; lower k or raise n_atoms"
-        )
+    check_k(config, n_atoms)
     mean, scale = mean_and_scale(train)
     rng = np.random.default_rng([seed, layer, config.steps + 1])  # a stream that no batch uses
     weights = start_weights(mean / scale, n_atoms, directions, rng)
