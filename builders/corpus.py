@@ -14,10 +14,11 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,11 +31,16 @@ from daco.errors import CorpusError
 from daco.manifest import canonical_json, write_atomic
 from daco.tables import STIMULI, read_table, table_of, write_table
 
+T = TypeVar("T")
+
 ROWS = STIMULI.append(pa.field("file", pa.string()))
 """Columns of `stimuli.parquet`; `file` is absolute, or relative to the stage's folder where stored there."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """Endings of files that count as images in a folder."""
+
+MAX_SHAPE = 100
+"""An image's longer side over its shorter one, at most: processors refuse or blow up anything thinner."""
 
 MAX_CAPTION = 10_000
 """Characters of a caption, at most: one longer would pad every prompt of its batch to its own length."""
@@ -113,13 +119,10 @@ def read_rows(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
     if not path.is_file():
         raise CorpusError(f"expected a table at {path}, got none; check corpus.path")
     if path.suffix.lower() == ".parquet":
-        try:
+        with _table_errors(path):
             file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CorpusError(f"{path}: expected parquet, got {error}") from error
-        return file.schema_arrow.names, (
-            row for batch in file.iter_batches(1024) for row in batch.to_pylist()
-        )
+        rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+        return file.schema_arrow.names, _rows_of(path, rows)
     if path.suffix.lower() not in (".tsv", ".csv"):
         raise CorpusError(f"{path}: expected a .tsv, .csv or .parquet file, got {path.suffix!r}")
     lines = path.open(encoding="utf-8-sig", errors="replace", newline="")
@@ -127,7 +130,25 @@ def read_rows(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
         reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.DictReader(lines)
-    return list(reader.fieldnames or ()), reader
+    with _table_errors(path):
+        columns = list(reader.fieldnames or ())
+    return columns, _rows_of(path, reader)
+
+
+def _rows_of(path: Path, rows: Iterable[T]) -> Iterator[T]:
+    with _table_errors(path):
+        yield from rows
+
+
+@contextmanager
+def _table_errors(path: Path) -> Iterator[None]:
+    """Turns what pyarrow and csv raise on a broken table, at its beginning or far inside, into our error."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CorpusError(
+            f"{path}: expected {path.suffix[1:].lower()}, got {error}; write it again"
+        ) from error
 
 
 def caption_of(row: dict[str, Any], columns: Iterable[str], separator: str = "") -> str:
@@ -170,13 +191,14 @@ def read_coco(path: Path, root: Path, url_column: str = "") -> Iterator[Candidat
     try:
         content = json.loads(path.read_text("utf-8"))
         images = {image["id"]: image for image in content["images"]}
-        annotations = list(content["annotations"])
+        annotations = [dict(annotation) for annotation in content["annotations"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorpusError(
             f"{path}: expected COCO captions (images and annotations), got {error!r}; check corpus.path"
         ) from error
     for annotation in annotations:
-        image = images.get(annotation.get("image_id"))
+        number = annotation.get("image_id")
+        image = images.get(number) if isinstance(number, int | str) else None
         if image is None or not isinstance(image.get("file_name"), str):
             yield "missing_image"
             continue
@@ -299,6 +321,8 @@ def check_pair(pair: Pair, source: str, root: Path, store: Path) -> dict[str, An
         width, height = open_image(data).size
     except Exception:  # a hostile file: Pillow's plug-ins raise all sorts, and one image must not end a run
         return "unreadable_image"
+    if max(width, height) > MAX_SHAPE * min(width, height):
+        return "extreme_shape"
     file = str(found) if found else f"{store.name}/{identity}{_suffix(data)}"
     if not found:
         write_atomic(store.parent / file, data)
