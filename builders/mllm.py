@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from builders.vision import ensure_torchvision
+from daco.errors import ArtefactNotFoundError
 
 _MARK = "\ue000caption\ue000"
 READINGS = ("last", "caption_last", "caption_mean")
@@ -25,13 +26,25 @@ def load_mllm(id_or_folder: str, revision: str | None = None, dtype: str = "floa
         id_or_folder: Hub id, or a folder that `save_pretrained` wrote.
         revision: commit, tag or branch of a Hub id; empty or None: the default branch.
         dtype: of the weights, a torch name such as `float32` or `bfloat16`.
+
+    Raises:
+        ArtefactNotFoundError: there is no such model, or it is none that takes images and text.
     """
     ensure_torchvision()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     where: dict[str, Any] = {"revision": revision} if revision else {}
-    model = AutoModelForImageTextToText.from_pretrained(id_or_folder, dtype=getattr(torch, dtype), **where)
-    return model.eval(), AutoProcessor.from_pretrained(id_or_folder, **where)
+    try:
+        processor = AutoProcessor.from_pretrained(id_or_folder, **where)
+        model = AutoModelForImageTextToText.from_pretrained(
+            id_or_folder, dtype=getattr(torch, dtype), use_safetensors=True, **where
+        )
+    except (OSError, ValueError) as error:
+        raise ArtefactNotFoundError(
+            f"expected an image-text-to-text model at {id_or_folder!r}, got {error}; "
+            "check model.id and model.revision"
+        ) from error
+    return model.eval(), processor
 
 
 def user_turn(caption: str, image: Image | None = None) -> list[dict[str, Any]]:

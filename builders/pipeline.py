@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
 from builders.recipe import LOCAL_FIELDS, Recipe
-from builders.stages import Work, done, fingerprint, seal_sha256
+from builders.stages import Work, check_sizes, done, fingerprint, seal_sha256
 from daco.errors import RecipeError
 from daco.manifest import sha256_file
 
@@ -72,7 +72,7 @@ def run(recipe: Recipe, out: Path, only: str | None = None, until: str | None = 
         RecipeError: an unknown stage was named, or another process works in the same folder.
     """
     chosen = _choose(only, until)
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     torch.set_num_threads(recipe.run.threads)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -83,6 +83,13 @@ def run(recipe: Recipe, out: Path, only: str | None = None, until: str | None = 
         raise RecipeError(
             f"{out}: another process is at work in this folder; wait for it, or use another"
         ) from error
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"expected a run folder that can be made, got {error}; choose another") from error
 
 
 def _choose(only: str | None, until: str | None) -> list[Stage]:
@@ -102,6 +109,8 @@ def _run_stage(stage: Stage, recipe: Recipe, out: Path) -> bool:
     seals = {needed: seal_sha256(out, needed) for needed in stage.upstream}
     if not work.open(fingerprint(stage.name, _sections(stage, recipe), seals)):
         return False
+    for needed in stage.upstream:
+        check_sizes(out, needed)
     importlib.import_module(f"builders.{stage.module}").run(work)
     done(out, stage.name)
     return True

@@ -148,6 +148,22 @@ def done(out: Path, stage: str) -> dict[str, Any]:
         ) from error
 
 
+def check_sizes(out: Path, stage: str) -> None:
+    """Compare the files of a finished stage with its seal, by size alone: cheap, and finds what was cut off.
+
+    Raises:
+        IntegrityError: a file is missing or of another size.
+    """
+    for name, entry in done(out, stage)["files"].items():
+        path = out / stage / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            raise IntegrityError(
+                f"{path}: expected {entry['bytes']} bytes, got {'none' if size is None else size}; "
+                f"delete {out / stage} and run again"
+            )
+
+
 def summed_counts(shards: Iterable[Path], name: str = "counts.json") -> Counter[str]:
     """Sum of the counts that shards kept in their `counts.json`."""
     total: Counter[str] = Counter()
