@@ -20,6 +20,7 @@ from builders.pipeline import stage_names
 from cards.escape import one_line
 from daco.errors import FormatError
 from daco.manifest import read_manifest
+from daco.sae_files import validate_config
 from daco.tables import POLARITIES
 
 CARD = "README.md"
@@ -236,6 +237,7 @@ def _licence_metadata(licence: str) -> dict[str, str]:
 
 def _model(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     config = _json(folder / "config.json")
+    validate_config(config)
     layers = [_layer(folder, layer) for layer in config.get("layers", ())]
     evaluation = _json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
     base = {key: config.get("base_model", {}).get(key) for key in BASE_KEYS}

@@ -148,9 +148,14 @@ def _broken_files(files: object) -> list[str]:
 
 
 def _broken_facts(manifest: Mapping[str, Any]) -> list[str]:
-    """What cards and gates read: sources and counts."""
-    sources, counts = manifest.get("sources"), manifest.get("counts")
+    """What cards and gates read: recipe, sources and counts."""
+    recipe, sources, counts = (manifest.get(key) for key in ("recipe", "sources", "counts"))
     broken = [
+        f"recipe: {name!r}: expected an object of fields, got {section!r}"
+        for name, section in (recipe.items() if isinstance(recipe, Mapping) else ())
+        if not isinstance(section, Mapping)
+    ]
+    broken += [
         f"sources: expected objects with a name, got {source!r}"
         for source in (sources if isinstance(sources, list) else ())
         if not isinstance(source, Mapping) or not isinstance(source.get("name"), str)

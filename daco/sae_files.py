@@ -56,6 +56,8 @@ def validate_config(config: object) -> None:
         for key, kind in (("base_model", dict), ("layers", list), ("dictionary", dict), ("steering", dict))
         if not isinstance(config.get(key), kind)
     ]
+    if not isinstance(config.get("training", {}), dict):
+        broken.append(f"training: expected a dict, got {config['training']!r}")
     if not broken:
         broken += broken_model("base_model", config["base_model"])
         broken += broken_layers("config.json", config["layers"], config["base_model"].get("n_layers"))
