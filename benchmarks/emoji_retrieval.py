@@ -45,7 +45,7 @@ def recipe(data: Path, threads: int, seed: int) -> Recipe:
                 "name": "fluent-emoji",
             },
             "clip": {
-                "steps": 1800,
+                "steps": 2200,
                 "batch": 128,
                 "learning_rate": 4e-3,
                 "image_size": 48,
