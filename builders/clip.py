@@ -8,7 +8,8 @@ Reads `corpus/stimuli.parquet` and its images; writes `model/` (a `transformers.
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,26 +231,33 @@ def augment(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
     return torch.stack(crops)
 
 
-def sample_texts(captions: Sequence[str], rng: np.random.Generator) -> list[str]:
+def sample_texts(captions: Sequence[str], counts: Mapping[str, int], rng: np.random.Generator) -> list[str]:
     """A text for every caption of a batch: whole ones in one batch of ten, else parts (short, cheap)."""
     if rng.random() < WHOLE:
         return list(captions)
-    return [sample_part(caption, rng) for caption in captions]
+    return [sample_part(caption, counts, rng) for caption in captions]
 
 
-def sample_part(caption: str, rng: np.random.Generator) -> str:
+def sample_part(caption: str, counts: Mapping[str, int], rng: np.random.Generator) -> str:
     """Part of a caption, so that single words learn their images too.
 
     A caption of comma-joined keywords gives its first part (the name) half of the time, else up to three of
-    its parts; a sentence gives one of its telling words half of the time, else a run of its words.
+    its parts; a sentence gives one of its words half of the time, rare ones more often, else a run of them.
+
+    Args:
+        caption: The whole of it.
+        counts: How many captions have a word; missing means one.
+        rng: Source of the draw.
     """
     parts = [part.strip() for part in caption.split(",") if part.strip()]
-    listed = len(parts) > 1
-    if rng.random() < 0.5 and (single := parts[:1] if listed else words(caption)):
-        return single[int(rng.integers(len(single)))]
-    if listed:
+    if len(parts) > 1:
+        if rng.random() < 0.5:
+            return parts[0]
         size = int(rng.integers(1, min(3, len(parts)) + 1))
         return ", ".join(parts[i] for i in rng.permutation(len(parts))[:size])
+    if rng.random() < 0.5 and (telling := words(caption)):
+        weights = np.array([1 / counts.get(word, 1) for word in telling])
+        return telling[int(rng.choice(len(telling), p=weights / weights.sum()))]
     tokens = caption.split()
     size = int(rng.integers(1, len(tokens) + 1))
     start = int(rng.integers(0, len(tokens) - size + 1))
@@ -319,6 +327,7 @@ class Trainer:
 
     def __init__(self, config: ClipConfig, images: Tensor, captions: Sequence[str], seed: int) -> None:
         self.config, self.images, self.captions, self.seed = config, images, captions, seed
+        self.counts = Counter(word for caption in captions for word in set(words(caption)))
         self.processor = tiny_processor(config, captions)
         self.model = tiny_model(config, self.processor.tokenizer, seed)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
@@ -361,7 +370,7 @@ class Trainer:
         rows = batch_rows(len(self.captions), size, self.seed, self.done)
         rng = np.random.default_rng([self.seed, 2, self.done])
         captions = [self.captions[row] for row in rows]
-        texts = sample_texts(captions, rng)
+        texts = sample_texts(captions, self.counts, rng)
         pixels = augment(self.images[rows], self.config.image_size, rng)
         return info_nce(
             _unit(self.model.get_image_features((pixels / 255 - self.mean) / self.std)),

@@ -205,14 +205,14 @@ def test_batches_of_an_epoch_hold_every_pair_once() -> None:
 
 def test_parts_of_captions_are_names_keywords_or_runs_of_words() -> None:
     rng = np.random.default_rng(0)
-    parts = [sample_part("knife, red, sharp thing, blade, cut", rng) for _ in range(400)]
+    parts = [sample_part("knife, red, sharp thing, blade, cut", {}, rng) for _ in range(400)]
     assert 180 < parts.count("knife") < 290
     assert max(part.count(",") for part in parts) == 2
-    runs = [sample_part("a blue ball", rng) for _ in range(400)]
+    runs = [sample_part("a blue ball", {"blue": 9, "ball": 1}, rng) for _ in range(400)]
     assert set(runs) == {"a", "blue", "ball", "a blue", "blue ball", "a blue ball"}
-    assert runs.count("blue") + runs.count("ball") > 200
-    assert sample_part(",", rng) == ","
-    batches = [sample_texts(CAPTIONS, rng) == CAPTIONS for _ in range(300)]
+    assert runs.count("ball") > 200 > 3 * runs.count("blue")  # the rarer word is drawn more often
+    assert sample_part(",", {}, rng) == ","
+    batches = [sample_texts(CAPTIONS, {}, rng) == CAPTIONS for _ in range(300)]
     assert 10 < sum(batches) < 60
 
 

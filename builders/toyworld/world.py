@@ -288,7 +288,7 @@ PLACES = {
 }
 """Backgrounds: the colours of wall or sky, and of ground."""
 
-SIZES = {"small": 0.5, "big": 0.82}
+SIZES = {"small": 0.66, "big": 0.92}
 """Sizes as the share of the picture that an object spans."""
 
 TEMPLATES = (
@@ -334,11 +334,11 @@ def picture(facts: dict[str, str], rng: random.Random) -> Image.Image:
     """An object in its place: a little turned, a little off the middle."""
     full = SIDE * SMOOTH
     image = background(facts["place"], rng)
-    span = round(full * SIZES[facts["size"]] * rng.uniform(0.92, 1.08))
+    span = round(full * SIZES[facts["size"]] * rng.uniform(0.95, 1.05))
     thing = icon(facts["object"], COLOURS[facts["colour"]], span)
-    thing = thing.rotate(rng.uniform(-14, 14), Image.Resampling.BICUBIC, expand=True)
+    thing = thing.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
     room = full - span
-    corner = (round(room * rng.uniform(0.15, 0.85)), round(room * rng.uniform(0.3, 0.9)))
+    corner = (round(room * rng.uniform(0.3, 0.7)), round(room * rng.uniform(0.4, 0.8)))
     shift = (thing.width - span) // 2
     image.paste(thing, (corner[0] - shift, corner[1] - shift), thing)
     return image.reduce(SMOOTH)
