@@ -38,6 +38,9 @@ CARD_KEYS = {
 }
 """Metadata a card must have."""
 
+NO_LICENCE = frozenset({"", "-", "?", "n/a", "na", "none", "tbd", "todo", "unknown"})
+"""What stands for a licence where there is none; without a licence nothing may be passed on."""
+
 _BINARY = (".safetensors", ".png", ".jpg", ".webp")
 
 
@@ -83,9 +86,11 @@ def _licences(manifest: Mapping[str, Any]) -> Iterator[Refusal]:
     if not manifest["sources"]:
         yield Refusal("expected at least one source, got none", "sources", "fill in [corpus] of the recipe")
     for i, source in enumerate(manifest["sources"]):
-        if not str(source.get("licence") or "").strip():
+        licence = str(source.get("licence") or "").strip()
+        if licence.lower() in NO_LICENCE:
             where = f"sources[{i}] {source.get('name', '')!r}"
-            yield Refusal("expected a licence, got none", where, "set corpus.licence in the recipe")
+            what = f"expected a licence, got {licence or 'none'}"
+            yield Refusal(what, where, "set corpus.licence in the recipe")
 
 
 def _images(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Refusal]:
