@@ -494,6 +494,11 @@ def test_a_padded_single_token_is_untouched() -> None:
     assert not torch.equal(masked[0], before[0])
     assert torch.equal(masked[1], model(ids, attention_mask=mask).logits[1])
     assert run.report().layers[0].positions["prompt"] == 3
+    with steer(model, SAESteering(small_sae.steering_sae(ModelFacts.of(model)))) as run:
+        model(ids, attention_mask=mask)
+    layer = run.report().layers[0]
+    assert layer.relative_change == layer.relative_change_max > 0  # of the one position
+    assert {atom.positions for atom in layer.atoms} == {1}
 
 
 def test_where_prompt_and_answer_cannot_be_told_apart_is_refused(llava: Case) -> None:
@@ -523,6 +528,15 @@ def test_a_given_answer_is_scored_with_prompt_tokens(llava: Case) -> None:
     assert changed[:, -3:].all()
     assert not changed[:, :-3].any()
     assert run.report().layers[0].positions == {"image": 0, "prompt": 0, "generated": 6}
+
+
+def test_placeholders_after_the_prompt_are_no_image(llava: Case) -> None:
+    wanted = llava.masks()["image"].clone()
+    wanted[:, 15:] = False
+    assert 0 < wanted.sum() < llava.masks()["image"].sum()
+    with steer(llava.model, SAESteering(llava.sae()), scope="image", prompt_tokens=15) as run:
+        llava.logits()
+    assert run.report().layers[0].positions == {"image": int(wanted.sum()), "prompt": 0, "generated": 0}
 
 
 def test_a_static_cache_is_refused(llava: Case) -> None:
