@@ -412,6 +412,7 @@ def _join(work: Work, config: CorpusConfig, store: Path) -> None:
     table, duplicates = drop_duplicates(table)
     skipped.update(duplicates)
     if not table.num_rows:
+        work.drop_shards()  # so that the next run looks again
         raise CorpusError(
             f"expected at least one readable image with a caption, got none in {n_in} rows of corpus.kind "
             f"{config.kind!r} at {config.path!r} (skipped: {dict(skipped)}); check corpus.path, corpus.images"

@@ -4,6 +4,7 @@ Reads a recipe; writes one folder a stage into the run folder, and `release/` la
 """
 
 import dataclasses
+import hashlib
 import importlib
 import sys
 from dataclasses import dataclass
@@ -117,9 +118,18 @@ def _run_stage(stage: Stage, recipe: Recipe, out: Path) -> bool:
 
 
 def _sections(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    """The sections a stage depends on; a local file counts by its content, not by its place."""
+    """The sections a stage depends on; a local file or folder counts by what is in it, not by its place."""
     facts = {name: dataclasses.asdict(getattr(recipe, name)) for name in ("run", *stage.sections)}
     for section, field in LOCAL_FIELDS:
-        if section in facts and Path(facts[section][field]).is_file():
-            facts[section][field] = sha256_file(Path(facts[section][field]))
+        if section in facts and facts[section][field]:
+            facts[section][field] = _digest(Path(facts[section][field]))
     return facts
+
+
+def _digest(place: Path) -> str:
+    """A file's sha256, a folder's over the names and sizes of its files; of anything else its name."""
+    if place.is_file():
+        return sha256_file(place)
+    files = (path for path in sorted(place.rglob("*")) if path.is_file())
+    listed = "".join(f"{path.relative_to(place).as_posix()}\0{path.stat().st_size}\0" for path in files)
+    return hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest() if listed else str(place)

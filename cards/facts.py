@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from builders.pipeline import stage_names
 from cards.escape import one_line
-from daco.errors import FormatError
+from daco.errors import FormatError, IntegrityError
 from daco.manifest import read_manifest
 from daco.sae_files import validate_config
 from daco.tables import POLARITIES
@@ -58,8 +59,13 @@ def card_facts(folder: Path) -> dict[str, Any]:
         FormatError: the manifest or config breaks the format.
     """
     manifest = read_manifest(folder)
-    facts = _common(folder, manifest)
-    return facts | (_dataset if manifest["kind"] == "dataset" else _model)(folder, manifest, facts)
+    try:
+        facts = _common(folder, manifest)
+        return facts | (_dataset if manifest["kind"] == "dataset" else _model)(folder, manifest, facts)
+    except (pa.ArrowException, SafetensorError, OSError) as error:
+        raise IntegrityError(
+            f"{folder.name}: expected readable tables and weights, got {error}; build the release again"
+        ) from error
 
 
 def repo_id(manifest: Mapping[str, Any]) -> str:

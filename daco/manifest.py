@@ -296,11 +296,11 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_atomic(folder / MANIFEST, canonical_json(manifest))
 
 
-def check_file(path: Path, entry: Mapping[str, Any], name: str) -> None:
-    """Compare one file with its manifest entry.
+def check_size(path: Path, entry: Mapping[str, Any], name: str) -> None:
+    """Compare one file with its manifest entry without reading it.
 
     Raises:
-        IntegrityError: missing, of another size, or of another sha256.
+        IntegrityError: missing, or of another size.
     """
     if not path.is_file():
         raise IntegrityError(
@@ -310,6 +310,15 @@ def check_file(path: Path, entry: Mapping[str, Any], name: str) -> None:
         raise IntegrityError(
             f"{name}: expected {entry['bytes']} bytes, got {size}: truncated? download or build it again"
         )
+
+
+def check_file(path: Path, entry: Mapping[str, Any], name: str) -> None:
+    """Compare one file with its manifest entry.
+
+    Raises:
+        IntegrityError: missing, of another size, or of another sha256.
+    """
+    check_size(path, entry, name)
     if (digest := sha256_file(path)) != entry["sha256"]:
         raise IntegrityError(
             f"{name}: expected sha256 {entry['sha256']}, got {digest}: altered; download or build it again"

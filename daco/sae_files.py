@@ -178,8 +178,9 @@ def read_layer(snapshot: Snapshot, layer: int, dtype: torch.dtype, device: str |
     atoms = read_table(snapshot.path(f"{folder}/atoms.parquet"), ATOMS).to_pandas()
     _check_atoms(atoms, sae.n_atoms, layer)
     steering = snapshot.path(f"{folder}/steering.safetensors")
+    R = _read_R(steering, folder)
     _check_binding(steering, snapshot.manifest["files"][f"{folder}/sae_weights.safetensors"]["sha256"])
-    return LayerSAE(layer, sae, atoms, _read_R(steering, folder))
+    return LayerSAE(layer, sae, atoms, R)
 
 
 def _read_cfg(path: Path, folder: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cards.facts import CARD
 from cards.render import render
-from daco.manifest import file_entry, read_manifest, write_atomic, write_manifest
+from daco.manifest import check_size, file_entry, read_manifest, write_atomic, write_manifest
 
 
 def stage(folder: Path) -> None:
@@ -18,6 +18,9 @@ def stage(folder: Path) -> None:
         FormatError: the manifest or config breaks the format.
     """
     manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        if name != CARD:  # which is about to be written
+            check_size(folder / name, entry, name)
     write_atomic(folder / CARD, render(folder))
     manifest["files"][CARD] = file_entry(folder / CARD)
     write_manifest(folder, manifest)
