@@ -285,6 +285,18 @@ def test_attach_steers_until_removed(case: Case) -> None:
     attach(case.model, SAESteering(case.sae())).remove()
 
 
+def test_a_long_prefill_in_chunks_is_the_same(llava: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = SAESteering(llava.sae())
+    with steer(llava.model, method) as whole:
+        expected = llava.logits()
+    monkeypatch.setattr("daco.steer.CHUNK", 7)
+    with steer(llava.model, method) as run:
+        torch.testing.assert_close(llava.logits(), expected, atol=1e-9, rtol=0)
+    assert run.report().layers[0].positions == whole.report().layers[0].positions
+    counts = [{atom.atom: atom.positions for atom in r.report().layers[0].atoms} for r in (run, whole)]
+    assert counts[0] == counts[1]
+
+
 def test_inference_mode_and_plain_forwards_take_turns(llava: Case) -> None:
     run = attach(llava.model, SAESteering(llava.sae()))
     with torch.inference_mode():
