@@ -1,6 +1,7 @@
 """Renders the card of a release folder: facts through escaping filters into a template, metadata as YAML."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,6 +20,7 @@ def render(folder: Path) -> str:
     return front_matter + "\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+@cache
 def _environment() -> Environment:
     # autoescape is for HTML; Markdown needs the filters below, and every text from data passes one of them
     environment = Environment(

@@ -102,12 +102,24 @@ def resolve(
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        path = _download(str(repo_or_folder), MANIFEST, revision=revision, **options)
-        manifest = parse_manifest(path.read_bytes(), f"{repo_or_folder}/{MANIFEST}")
-        snapshot = Snapshot(str(repo_or_folder), path.parent.name, manifest, None, options)
+        commit, manifest = _manifest(str(repo_or_folder), revision, options)
+        snapshot = Snapshot(str(repo_or_folder), commit, manifest, None, options)
     if (got := snapshot.manifest["kind"]) != kind:
         raise FormatError(f"{snapshot.name}: expected a {kind} release, got a {got} release")
     return snapshot
+
+
+def _manifest(repo: str, revision: str | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The commit behind a revision and its manifest; a damaged one in the cache is fetched once more."""
+    where = f"{repo}/{MANIFEST}"
+    path = _download(repo, MANIFEST, revision=revision, **options)
+    try:
+        return path.parent.name, parse_manifest(path.read_bytes(), where)
+    except IntegrityError:
+        if options["local_files_only"]:
+            raise
+        path = _download(repo, MANIFEST, revision=path.parent.name, force_download=True, **options)
+        return path.parent.name, parse_manifest(path.read_bytes(), where)
 
 
 def _download(repo: str, name: str, **options: Any) -> Path:
