@@ -43,23 +43,15 @@ from daco.errors import (
     CorpusError,
     DacoError,
     FormatError,
-    HubRefusedError,
-    HubUnavailableError,
     IntegrityError,
     ModelMismatchError,
-    PublishConflictError,
     RecipeError,
     RefusedError,
-    TagMovedError,
-    VerificationError,
 )
 from daco.manifest import canonical_json, file_entry, read_manifest
-from hub import __main__ as publishing
-from hub import retry
 from hub.publish import publish
 from hub.remote import Target
 from hub.stage import stage
-from hub.verify import verify
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -565,8 +557,8 @@ def test_directions_that_do_not_fit_are_refused(
 # Releases that are published.
 
 
-def target(hub: LocalHub, token: str = WRITER) -> Target:
-    return Target("local/DACO-tiny", "dataset", hub.url, token)
+def target(hub: LocalHub) -> Target:
+    return Target("local/DACO-tiny", "dataset", hub.url, WRITER)
 
 
 IMAGE = pa.array([{"bytes": b"png", "path": "x.png"}] * N_STIMULI)
@@ -633,101 +625,6 @@ def shift_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-def state(hub: LocalHub) -> tuple[dict[str, str], list[str]]:
-    """Refs and files of the repo."""
-    api = hub.api()
-    refs = api.list_repo_refs("local/DACO-tiny", repo_type="dataset")
-    return (
-        {ref.ref: ref.target_commit for ref in [*refs.branches, *refs.tags]},
-        api.list_repo_files("local/DACO-tiny", repo_type="dataset"),
-    )
-
-
-def test_a_tag_never_moves(local_hub: LocalHub, tmp_path: Path) -> None:  # noqa: F811
-    publish(write_dataset_release(tmp_path / "one"), target(local_hub))
-    before = state(local_hub)
-    other = write_dataset_release(tmp_path / "two", captions=["another"])
-    with pytest.raises(TagMovedError, match=r"expected no tag v1\.0\.0, or one on this very content.*higher"):
-        publish(other, target(local_hub))
-    assert state(local_hub) == before
-
-
-def commit_of_another(hub: LocalHub) -> Callable[[], object]:
-    def commit() -> object:
-        return hub.api().upload_file(
-            path_or_fileobj=str(len(hub.faults.log)).encode(),
-            path_in_repo="other.txt",
-            repo_id="local/DACO-tiny",
-            repo_type="dataset",
-        )
-
-    return commit
-
-
-def test_a_stale_parent_is_planned_anew(
-    local_hub: LocalHub,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
-    release = write_dataset_release(tmp_path / "release")
-    local_hub.faults.before("POST", "/commit/main", commit_of_another(local_hub))
-    done = publish(release, target(local_hub))
-    refs, files = state(local_hub)
-    assert refs["refs/tags/v1.0.0"] == done.commit == refs["refs/heads/main"]
-    assert "other.txt" not in files  # a release is all that main holds
-    assert 412 in local_hub.faults.seen("POST", "/commit/main")
-
-
-def test_a_parent_that_never_holds_still_is_an_error_after_bounded_tries(
-    local_hub: LocalHub,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
-    release = write_dataset_release(tmp_path / "release")
-    local_hub.faults.fail("POST", "/commit/main", 412, times=99)
-    with pytest.raises(PublishConflictError, match=r"gave up after 6 tries: .*run it again"):
-        publish(release, target(local_hub))
-    refs, _ = state(local_hub)
-    assert not any("tags" in ref for ref in refs)
-    local_hub.faults.rules.clear()
-    assert publish(release, target(local_hub)).committed
-
-
-def test_a_hub_that_fails_or_refuses_is_told_without_the_token(
-    local_hub: LocalHub,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
-    release = write_dataset_release(tmp_path / "release")
-    with pytest.raises(HubRefusedError, match="check your login and rights") as caught:
-        publish(release, target(local_hub, READER))
-    assert READER not in str(caught.value)
-    local_hub.faults.fail("POST", "/commit/main", 503, times=99)
-    with pytest.raises(
-        HubUnavailableError, match=r"gave up after 6 tries: .*503.*run it again"
-    ) as unavailable:
-        publish(release, target(local_hub))
-    assert WRITER not in str(unavailable.value).replace("hf_local_reader", "")
-    local_hub.faults.rules.clear()
-    assert publish(release, target(local_hub)).committed
-
-
-def test_what_the_hub_lost_or_changed_is_found(local_hub: LocalHub, tmp_path: Path) -> None:  # noqa: F811
-    release = write_dataset_release(tmp_path / "release")
-    publish(release, target(local_hub))
-    verify(target(local_hub), "v1.0.0")
-    api, repo = local_hub.api(), {"repo_id": "local/DACO-tiny", "repo_type": "dataset"}
-    api.upload_file(path_or_fileobj=b"changed", path_in_repo="README.md", **repo)
-    api.create_tag(tag="v1.0.1", **repo)
-    with pytest.raises(
-        VerificationError, match=r"v1\.0\.1 differs from its manifest.*\n- README\.md: expected"
-    ):
-        verify(target(local_hub), "v1.0.1")
-
-
 ASK = """
 import sys
 import daco
@@ -752,14 +649,3 @@ def test_a_repo_or_revision_that_is_not_there_is_named(local_hub: LocalHub, tmp_
     assert revision.startswith(start + "local/DACO-tiny has no revision 'v9.9.9'; list them with")
     assert bare.startswith(start + "local/bare has no manifest.json: it is no DACO dataset release")
     assert found == "13"
-
-
-def test_the_command_line_of_publishing_says_why_and_exits_with_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write_dataset_release(tmp_path / "release", sources=[SOURCE | {"licence": ""}])
-    monkeypatch.setattr(sys, "argv", ["hub", "publish", str(folder), "--endpoint", "http://127.0.0.1:9"])
-    app = publishing.app
-    monkeypatch.setattr(publishing, "app", lambda: app(standalone_mode=False))
-    assert publishing.main() == 1
-    assert capsys.readouterr().err.startswith("RefusedError: release is not published:\n- sources[0]")
