@@ -31,7 +31,7 @@ from daco.methods import MOP, ActAdd, Method, SAESteering
 from daco.report import Report
 from daco.sae import LayerSAE
 from daco.sae_files import layer_folder
-from daco.steer import steer
+from daco.steering import steer
 from daco.steering_sae import SteeringSAE
 from daco.tables import ATOMS, LINKS, read_table
 
@@ -148,7 +148,7 @@ def evaluate_batch(
         model: The MLLM.
         inputs: Of `builders.mllm.chat_inputs`.
         layers: The steered layers.
-        methods: By name, what `daco.steer.steer` takes.
+        methods: By name, what `daco.steer` takes.
 
     Returns:
         By name: `sums` (see `effect`), `method` (its settings) and `fired` (see `fired`).

@@ -5,7 +5,7 @@ from daco.manifest import FORMAT_VERSION
 from daco.methods import MOP, ActAdd, SAESteering, SafetyPrompt
 from daco.sae import SAE, LayerSAE
 from daco.sites import ModelFacts, find_trunk
-from daco.steer import Run
+from daco.steering import Run, attach, steer
 from daco.steering_sae import SteeringSAE
 
 __version__ = "0.1.0"
@@ -22,5 +22,7 @@ __all__ = [
     "SAESteering",
     "SafetyPrompt",
     "SteeringSAE",
+    "attach",
     "find_trunk",
+    "steer",
 ]

@@ -1,4 +1,4 @@
-"""Ways to steer: what each adds to the residual stream (DESIGN 4.6 and 4.7); `daco.steer` applies them.
+"""Ways to steer: what each adds to the residual stream (DESIGN 4.6 and 4.7); `daco.steering` applies them.
 
 Reads SAEs and dictionaries; knows nothing of models, hooks or tokens.
 """
@@ -38,7 +38,7 @@ class Change(NamedTuple):
 
 
 class Method(Protocol):
-    """What `daco.steer` needs of a method."""
+    """What `daco.steering` needs of a method."""
 
     layers: tuple[int, ...]
     """Layers it steers, rising."""

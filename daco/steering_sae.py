@@ -15,7 +15,7 @@ from daco.sae_files import read_config, read_layer
 from daco.sites import ModelFacts
 
 if TYPE_CHECKING:
-    from daco.steer import Run
+    from daco.steering import Run
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class SteeringSAE:
         on_empty: str = "raise",
         base_model_ok: bool = False,
     ) -> "AbstractContextManager[Run]":
-        """Steer `model` inside a `with` block (DESIGN section 4.6); see `daco.steer.steer`.
+        """Steer `model` inside a `with` block (DESIGN section 4.6); see `daco.steer`.
 
         Args:
             model: The transformers model these SAEs belong to.
@@ -126,7 +126,7 @@ class SteeringSAE:
             SteeringConflictError: the model is already steered.
         """
         from daco.methods import SAESteering
-        from daco.steer import steer
+        from daco.steering import steer
 
         method = SAESteering(self, gamma=gamma, eta=eta, layers=layers, on_empty=on_empty)
         return steer(
@@ -150,7 +150,7 @@ class SteeringSAE:
     ) -> "Run":
         """As `steer`, but until `remove()` is called on the returned handle: for servers."""
         from daco.methods import SAESteering
-        from daco.steer import attach
+        from daco.steering import attach
 
         method = SAESteering(self, gamma=gamma, eta=eta, layers=layers, on_empty=on_empty)
         return attach(

@@ -19,7 +19,7 @@ from daco.capture import capture
 from daco.errors import ModelMismatchError, NothingToSteerError, SteeringConflictError, UnknownLayerError
 from daco.methods import MOP, ActAdd, SAESteering
 from daco.sites import ModelFacts, image_token_ids
-from daco.steer import attach, steer
+from daco.steering import attach, steer
 
 KINDS = ("llava", "qwen2_5_vl", "internvl")
 pytestmark = pytest.mark.filterwarnings("ignore:base model not confirmed")
@@ -289,7 +289,7 @@ def test_a_long_prefill_in_chunks_is_the_same(llava: Case, monkeypatch: pytest.M
     method = SAESteering(llava.sae())
     with steer(llava.model, method) as whole:
         expected = llava.logits()
-    monkeypatch.setattr("daco.steer.CHUNK", 7)
+    monkeypatch.setattr("daco.steering.CHUNK", 7)
     with steer(llava.model, method) as run:
         torch.testing.assert_close(llava.logits(), expected, atol=1e-9, rtol=0)
     assert run.report().layers[0].positions == whole.report().layers[0].positions
