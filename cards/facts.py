@@ -233,12 +233,11 @@ def _dataset_metadata(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> 
 
 def _licence_metadata(licence: str) -> dict[str, str]:
     """The `license` keys; a name that cannot be an id of the Hub's list goes under `other`."""
-    known = _LICENCE_ID.fullmatch(licence.lower())
-    return (
-        {"license": licence.lower()}
-        if known or not licence
-        else {"license": "other", "license_name": one_line(licence)}
-    )
+    if not licence:
+        return {}
+    if _LICENCE_ID.fullmatch(licence.lower()):
+        return {"license": licence.lower()}
+    return {"license": "other", "license_name": one_line(licence)}
 
 
 def _model(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:

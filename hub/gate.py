@@ -41,6 +41,9 @@ CARD_KEYS = {
 NO_LICENCE = frozenset({"", "-", "?", "n/a", "na", "none", "tbd", "todo", "unknown"})
 """What stands for a licence where there is none; without a licence nothing may be passed on."""
 
+UNREADABLE = (pa.ArrowException, OSError)
+"""What pyarrow raises on a damaged parquet file."""
+
 _BINARY = (".safetensors", ".png", ".jpg", ".webp")
 
 
@@ -65,8 +68,12 @@ def _files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Refusal]:
     for name, entry in manifest["files"].items():
         try:
             check_file(folder / name, entry, name)
+            if name.endswith(".parquet"):
+                pq.read_metadata(folder / name)
         except DacoError as error:
             yield Refusal(str(error), name, "run `python -m builders run` again")
+        except UNREADABLE as error:
+            yield _unreadable(name, error)
     for name in release_files(folder):
         if name not in manifest["files"]:
             yield Refusal("the manifest does not list it", name, "remove it from the release folder")
@@ -160,9 +167,19 @@ def _manifest_configs(manifest: Mapping[str, Any]) -> Configs:
 def _secrets(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Refusal]:
     """Where something looks like a secret; the refusal never repeats it."""
     for name in [MANIFEST, *manifest["files"]]:
-        for column, kind in _secrets_in(folder / name):
-            where = f"{name}, column {column!r}" if column else name
-            yield Refusal(f"it holds what looks like {kind}", where, "remove it, and revoke it if it is real")
+        try:
+            for column, kind in _secrets_in(folder / name):
+                where = f"{name}, column {column!r}" if column else name
+                yield Refusal(
+                    f"it holds what looks like {kind}", where, "remove it, and revoke it if it is real"
+                )
+        except UNREADABLE as error:
+            yield _unreadable(name, error)
+
+
+def _unreadable(name: str, error: Exception) -> Refusal:
+    what = f"expected a table that can be read, got {type(error).__name__}: {error}"
+    return Refusal(what, name, "build the release again")
 
 
 def _secrets_in(path: Path) -> Iterator[tuple[str, str]]:
