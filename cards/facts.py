@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from builders.pipeline import stage_names
 from cards.escape import one_line
 from daco.errors import FormatError, IntegrityError
 from daco.manifest import read_manifest
@@ -36,6 +35,42 @@ CONFIG_NOTES = {
 
 BASE_KEYS = ("id", "revision", "model_type", "hidden_size", "n_layers")
 """What is said of a model, in a manifest's `models` and a config's `base_model`."""
+
+UNITS = {
+    "corpus": "pairs",
+    "concepts": "concepts",
+    "clip": "pairs",
+    "embeddings": "pairs",
+    "stimuli": "concepts",
+    "polarity": "concepts",
+    "activations": "stimuli",
+    "tokens": "tokens",
+    "directions": "links",
+    "sae": "tokens",
+    "atoms": "atoms",
+    "evaluate": "stimuli",
+    "release": "pairs",
+}
+"""What the counts of each stage count, in the order of the stages."""
+
+OF_MODELS = ("tokens", "sae", "atoms", "evaluate")
+"""Stages that a dataset does not depend on."""
+
+EVALUATION_NOTES = {
+    "fve": "variance explained on held-out tokens",
+    "fve_at_start": "the same before training",
+    "l0": "atoms active per token",
+    "dead": "atoms that never fired",
+    "changed": "share of positions steered",
+    "relative_change": "size of the change over size of the activation, after the last layer",
+    "kl": "KL divergence of the next token from the unsteered model, in nats",
+    "next_token_changed": "share of prompts with another most likely next token",
+    "n_fired": "undesirable atoms or concepts that fired",
+}
+"""What the figures of an evaluation are."""
+
+ROWS_ARE = {"sae": "layer", "layers": "layer", "steering": "method", "retrieval": "links"}
+"""What a row of each section of an evaluation is."""
 
 SAMPLES = 3
 """Example concepts of each polarity, and example atoms of each layer and polarity."""
@@ -125,19 +160,14 @@ def _shapes(path: Path) -> dict[str, str]:
 
 def _counts(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Counts by stage in the order of the stages, what was skipped written out."""
-    order = {stage: i for i, stage in enumerate(stage_names())}
+    order = list(UNITS)
+    stages = sorted(counts, key=lambda name: (order.index(name) if name in order else len(order), name))
     rows = []
-    for stage in sorted(counts, key=lambda stage: (order.get(stage, len(order)), stage)):
-        skipped = counts[stage].get("skipped", {})
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()) if n)
-        rows.append(
-            {
-                "stage": stage,
-                "in": counts[stage].get("in"),
-                "out": counts[stage].get("out"),
-                "skipped": reasons,
-            }
-        )
+    for stage in stages:
+        skipped = sorted(counts[stage].get("skipped", {}).items())
+        reasons = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in skipped if n)
+        row = {"stage": stage, "unit": UNITS.get(stage, ""), "skipped": reasons}
+        rows.append(row | {key: counts[stage].get(key) for key in ("in", "out")})
     return rows
 
 
@@ -146,6 +176,7 @@ def _dataset(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]
     models = [_model_line(name, model) for name, model in sorted(manifest["models"].items())]
     columns = manifest["configs"].get("stimuli", {}).get("columns", ())
     return {
+        "counts": [row for row in facts["counts"] if row["stage"] not in OF_MODELS],
         "configs": configs,
         "models": models,
         "has_images": "image" in columns,
@@ -333,17 +364,43 @@ def scalars(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def tables_of(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Evaluation facts as tables: a section of sections has a row for each, others a row for each number."""
-    tables = []
     loose = {key: value for key, value in evaluation.items() if not isinstance(value, Mapping)}
-    for title, section in [*evaluation.items(), *([("overall", loose)] if scalars(loose) else [])]:
-        if not isinstance(section, Mapping) or not section:
-            continue
-        by_row = all(isinstance(row, Mapping) for row in section.values())
-        rows = (
-            {k: scalars(v) for k, v in section.items()}
-            if by_row
-            else {k: {"value": v} for k, v in scalars(section).items()}
-        )
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        tables.append({"title": title, "columns": columns, "rows": rows})
-    return tables
+    sections = [*evaluation.items(), *([("overall", loose)] if scalars(loose) else [])]
+    return [_table(title, section) for title, section in sections if isinstance(section, Mapping) and section]
+
+
+def _table(title: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """One section: its rows of figures, those that all rows share apart, and what the figures are."""
+    if all(isinstance(row, Mapping) for row in section.values()):
+        # lists are for programs: a table of figures has no room for them
+        found = {
+            name: {k: v for k, v in row.items() if not isinstance(v, list)} for name, row in section.items()
+        }
+        titles = [str(row.pop("method", name)) for name, row in found.items()]
+        names = titles if len(set(titles)) == len(titles) else list(found)
+        rows = {name: scalars(row) for name, row in zip(names, found.values(), strict=True)}
+    else:
+        rows = {name: {"value": value} for name, value in scalars(section).items()}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    shared = _shared(rows, columns)
+    columns = [column for column in columns if column not in shared]
+    notes = {column: EVALUATION_NOTES[column] for column in columns if column in EVALUATION_NOTES}
+    of = ROWS_ARE.get(title, "")
+    return {
+        "title": title,
+        "rows_are": of,
+        "columns": columns,
+        "rows": rows,
+        "shared": shared,
+        "notes": notes,
+    }
+
+
+def _shared(rows: Mapping[str, Mapping[str, Any]], columns: list[str]) -> dict[str, Any]:
+    """How many there were of what, where that is the same for all of several rows."""
+    found = {}
+    for column in columns:
+        values = [row.get(column) for row in rows.values()]
+        if column.startswith("n_") and len(values) > 1 and values.count(values[0]) == len(values):
+            found[column] = values[0]
+    return found
