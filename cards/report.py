@@ -26,8 +26,12 @@ from cards.render import TEMPLATES
 CONCEPTS_SHOWN = {"undesirable": 4, "desirable": 3, "neutral": 3}
 STIMULI_SHOWN = 6
 ATOMS_SHOWN = 4
-"""Atoms shown of each layer and polarity: the ones with the largest cosine to their centroid."""
+"""Atoms shown of each layer and polarity: the ones that fire most."""
 THUMBNAIL = 96
+RANDOM_MODEL = (
+    "The language model of this run is tiny and has random weights: it shows that all parts work together, not that "
+    "concepts, labels or steering mean anything to it."
+)
 STEERING_COLUMNS = {
     "changed": "positions changed",
     "relative_change": "size of the change / size of the activation",
@@ -56,6 +60,7 @@ def report_html(out: Path, recipe: Recipe, published: dict[str, Any]) -> str:
     facts = {
         "title": f"DACO run “{recipe.run.name}”",
         "lead": "From captioned images to a steered model, published and loaded back.",
+        "caveat": RANDOM_MODEL if recipe.model.tiny else "",
         "stages": _stages(out),
         "concepts": _concepts(out),
         "map_layer": layer,
@@ -141,8 +146,8 @@ def _atoms(out: Path, recipe: Recipe) -> list[dict[str, Any]]:
         table = pd.read_parquet(out / "atoms" / f"layers.{layer}" / "atoms.parquet")
         for polarity in ("undesirable", "desirable"):
             labelled = table[table["polarity"] == polarity]
-            best = labelled.sort_values(f"cos_{polarity}", ascending=False, kind="stable").head(ATOMS_SHOWN)
-            shown += [_atom(layer, row) for row in best.to_dict("records")]
+            busiest = labelled.sort_values("firing_rate", ascending=False, kind="stable").head(ATOMS_SHOWN)
+            shown += [_atom(layer, row) for row in busiest.to_dict("records")]
     return shown
 
 
