@@ -29,8 +29,8 @@ ATOMS_SHOWN = 4
 """Atoms shown of each layer and polarity: the ones that fire most."""
 THUMBNAIL = 96
 RANDOM_MODEL = (
-    "The language model of this run is tiny and has random weights: all parts work together here, but concepts, "
-    "labels and steering mean nothing to it."
+    "The language model of this run is tiny and has random weights: all parts work together here, but "
+    "concepts, labels and steering mean nothing to it."
 )
 STEERING_COLUMNS = {
     "changed": "positions changed",
