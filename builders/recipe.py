@@ -323,16 +323,23 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def repo_id(recipe: Recipe, kind: str) -> str:
-    """`org/name` of the dataset or model repo that a recipe publishes to."""
-    release = recipe.release
-    name = release.dataset if kind == "dataset" else release.model or f"daco-sae-{model_name(recipe)}"
-    return f"{release.org}/{name}"
-
-
 def model_name(recipe: Recipe) -> str:
-    """Short name of the model in config and repo names."""
-    return recipe.model.name or recipe.model.tiny or recipe.model.id.rsplit("/", 1)[-1].lower()
+    """Short name of the model in config names: letters, digits and underscores."""
+    config = recipe.model
+    name = config.name or (f"tiny_{config.tiny}" if config.tiny else config.id.rstrip("/").split("/")[-1])
+    return re.sub(r"\W+", "_", name.lower()).strip("_")
+
+
+def repo_name(recipe: Recipe, kind: str) -> str:
+    """Name of the `dataset` or `model` repo that a recipe publishes to, without its namespace."""
+    if kind == "dataset":
+        return recipe.release.dataset
+    return recipe.release.model or f"daco-sae-{model_name(recipe).replace('_', '-')}"
+
+
+def repo_id(recipe: Recipe, kind: str) -> str:
+    """`org/name` of the `dataset` or `model` repo that a recipe publishes to."""
+    return f"{recipe.release.org}/{repo_name(recipe, kind)}"
 
 
 def _section(name: str, config: type, values: object) -> Any:

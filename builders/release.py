@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 import daco
 from builders.corpus import image_file
 from builders.directions import load_dictionary
-from builders.recipe import Recipe, public_recipe
+from builders.recipe import Recipe, model_name, public_recipe, repo_name
 from builders.stages import Work, done
 from builders.train_sae import load_sae
 from daco.dictionary import ConceptDictionary
@@ -233,18 +232,6 @@ def _directions(frame: pd.DataFrame, vectors: Any, schema: pa.Schema) -> pa.Tabl
     return pa.table({name: columns[name] for name in schema.names}).cast(schema)
 
 
-def model_name(recipe: Recipe) -> str:
-    """Short name of the model in config names: letters, digits and underscores."""
-    config = recipe.model
-    name = config.name or (f"tiny_{config.tiny}" if config.tiny else config.id.rstrip("/").split("/")[-1])
-    return re.sub(r"\W+", "_", name.lower()).strip("_")
-
-
-def model_repo(recipe: Recipe) -> str:
-    """Name of the model repo, without its namespace."""
-    return recipe.release.model or f"daco-sae-{model_name(recipe).replace('_', '-')}"
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that made the release."""
     found = {"daco": daco.__version__, "python": platform.python_version()}
@@ -313,7 +300,7 @@ def write_model(work: Work, folder: Path, dataset: Mapping[str, Any]) -> None:
     write_config(folder, _config(work.recipe, dictionary, dataset, training))
     evaluation = (work.upstream("evaluate") / "evaluation.json").read_bytes()
     write_atomic(folder / "evaluation.json", evaluation)
-    write_manifest(folder, _manifest(work, folder, "model", model_repo(work.recipe), {}))
+    write_manifest(folder, _manifest(work, folder, "model", repo_name(work.recipe, "model"), {}))
 
 
 TRAINING = ("start", "steps", "batch", "learning_rate", "l1", "holdout")

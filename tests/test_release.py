@@ -29,6 +29,7 @@ from small_run import (
 )
 
 from builders import atoms, release
+from builders.recipe import model_name
 from daco import ConceptDictionary, SteeringSAE
 from daco.errors import IntegrityError
 from daco.manifest import check_files, read_manifest
@@ -274,4 +275,4 @@ def test_fewer_rows_than_promised_are_refused(tmp_path):
     ],
 )
 def test_model_names_are_words(model, name):
-    assert release.model_name(small_recipe(model=model)) == name
+    assert model_name(small_recipe(model=model)) == name
