@@ -1,0 +1,356 @@
+"""Proves that cards say what manifests say, as text and valid metadata, and that their quick starts run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import release_fixture
+import yaml
+from conftest import tiny
+from hostile import TEXTS
+from hub_fixture import WRITER, LocalHub, local_hub  # noqa: F401
+from markdown_it import MarkdownIt
+from release_fixture import (
+    BASE,
+    COUNTS,
+    N_ATOMS,
+    N_CONCEPTS,
+    N_STIMULI,
+    RECIPE,
+    SOURCES,
+    write_dataset_release,
+    write_model_release,
+)
+from test_hostile import Page, check_page
+
+from cards import escape
+from cards.facts import is_hub_id, repo_id, scalars, tables_of
+from cards.render import render
+from daco.errors import IntegrityError
+from daco.manifest import canonical_json, file_entry, read_manifest, write_manifest
+from hub.card_rules import check_card
+from hub.publish import publish
+from hub.remote import Target
+from hub.stage import stage
+
+WRITERS = {"dataset": write_dataset_release, "model": write_model_release}
+BARE = {"recipe": {}, "counts": {}, "seeds": {}, "versions": {}, "sources": []}
+"""Facts of a manifest that knows nothing it need not."""
+
+
+def rendered(folder: Path, kind: str, **facts: Any) -> tuple[dict[str, Any], str]:
+    """Metadata and Markdown of a card."""
+    return taken_apart(render(WRITERS[kind](folder, **facts)))
+
+
+def taken_apart(card: str) -> tuple[dict[str, Any], str]:
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    return yaml.safe_load(front), body
+
+
+def html(body: str) -> str:
+    return MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+
+
+def rows(body: str, *starts: str) -> list[list[str]]:
+    """The table rows whose first cells are these."""
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in body.splitlines() if line[:1] == "|"]
+    return [row for row in cells if tuple(row[: len(starts)]) == starts]
+
+
+# --- metadata
+
+
+def test_metadata_of_a_dataset(tmp_path: Path) -> None:
+    def files(config: str, split: str) -> dict[str, Any]:
+        return {"split": split, "path": [f"data/{config}/{split}-00000-of-00001.parquet"]}
+
+    directions = "directions_tiny_vl"
+    assert rendered(tmp_path / "r", "dataset")[0] == {
+        "license": "cc-by-4.0",
+        "pretty_name": "DACO-tiny",
+        "language": ["en"],
+        "tags": ["daco", "multimodal", "concepts", "activation-steering", "interpretability", "safety"],
+        "size_categories": ["n<1K"],
+        "configs": [
+            {"config_name": "stimuli", "default": True, "data_files": [files("stimuli", "train")]},
+            {"config_name": "links", "data_files": [files("links", "train")]},
+            {"config_name": "concepts", "data_files": [files("concepts", "train")]},
+            {"config_name": directions, "data_files": [files(directions, f"layer_{n}") for n in (1, 2)]},
+        ],
+    }
+
+
+def test_metadata_of_a_model(tmp_path: Path) -> None:
+    metadata, _ = rendered(tmp_path / "r", "model")
+    assert metadata == {
+        "license": "cc-by-4.0",
+        "base_model": "org/tiny-vl",
+        "base_model_relation": "adapter",
+        "library_name": "daco",
+        "pipeline_tag": "image-text-to-text",
+        "datasets": ["org/DACO-tiny"],
+        "tags": [
+            *("daco", "sparse-autoencoder", "saelens"),
+            *("activation-steering", "interpretability", "safety"),
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("licence", "expected"),
+    [
+        ("MIT", {"license": "mit"}),
+        ("", {}),
+        ("Our own: 'terms'\n---\n", {"license": "other", "license_name": "Our own: 'terms' ---"}),
+    ],
+)
+def test_a_licence_is_an_id_or_has_a_name(tmp_path: Path, licence: str, expected: dict[str, str]) -> None:
+    metadata, _ = rendered(tmp_path / "r", "model", recipe={"release": {"licence": licence}})
+    assert {key: value for key, value in metadata.items() if key.startswith("license")} == expected
+
+
+def test_layers_are_in_order_as_numbers(tmp_path: Path) -> None:
+    folder = write_dataset_release(tmp_path / "r")
+    manifest = read_manifest(folder)
+    splits = manifest["configs"]["directions_tiny_vl"]["splits"]
+    splits |= {f"layer_{n}": splits["layer_1"] for n in (10, 9)}
+    write_manifest(folder, manifest)
+    metadata, body = taken_apart(render(folder))
+    names = [part["split"] for part in metadata["configs"][-1]["data_files"]]
+    assert names == ["layer_1", "layer_2", "layer_9", "layer_10"]
+    assert "`layer_9` 13, `layer_10` 13" in body
+
+
+def test_the_hub_takes_the_metadata(tmp_path: Path) -> None:
+    for kind in WRITERS:
+        card = render(WRITERS[kind](tmp_path / kind))
+        assert check_card(card, f"{kind}s") == ([], [])
+
+
+# --- numbers
+
+
+def test_numbers_of_a_dataset_are_the_manifest_s(tmp_path: Path) -> None:
+    folder = write_dataset_release(tmp_path / "r")
+    manifest = read_manifest(folder)
+    _, body = taken_apart(render(folder))
+    assert rows(body, "corpus") == [["corpus", "pairs", "31", "29", "2 unreadable"]]
+    assert rows(body, "concepts") == [
+        ["concepts", "desirable", "neutral", "undesirable"],
+        ["concepts", "concepts", "17", "13", "4 too few positives"],
+    ]
+    assert rows(body, str(N_CONCEPTS)) == [["13", "3", "3", "7"]]
+    assert f"Links: {N_CONCEPTS * 3} negative, {N_CONCEPTS * 3} positive." in body
+    assert f"| `stimuli` (default) | one row per unique caption-image pair | `train` {N_STIMULI} |" in body
+    model = ["tiny_vl", "org/tiny-vl", "f" * 12, "32", "1, 2", "layer 1: 4.5, layer 2: 5.5"]
+    assert rows(body, "tiny_vl") == [model]
+    assert rows(body, "knife") == [["knife", "undesirable", "what knife means", "3"]]
+    for path, entry in manifest["files"].items():
+        (row,) = rows(body, f"`{path}`")
+        assert row[2:] == [escape.size(entry["bytes"]), f"`{entry['sha256'][:12]}`"]
+    assert "seeds: run 7." in body
+    assert "`v1.0.0` in format `1.0.0`" in body
+    assert "Made with torch 2.13.0, transformers 5.23.0." in body
+    assert rows(body, "Drawn pairs") == [["Drawn pairs", "1", "cc0-1.0", "<https://example.org/drawn>"]]
+
+
+def test_numbers_of_a_model_are_its_files(tmp_path: Path) -> None:
+    folder = write_model_release(tmp_path / "r")
+    _, body = taken_apart(render(folder))
+    counted = ["21", "10", "10"]  # of the 41 atoms: every other one, and every fourth
+    assert rows(body, "1", str(N_ATOMS)) == [["1", str(N_ATOMS), *counted, "4", "4.5"]]
+    assert rows(body, "2", str(N_ATOMS)) == [["2", str(N_ATOMS), *counted, "4", "5.5"]]
+    assert "Steering defaults: eta 0.3, gamma 0.5, scope all." in body
+    assert rows(body, "1", "0.51") == [["1", "0.51", "7.25"]]
+    assert "`fve`: variance explained on held-out tokens; `l0`: atoms active per token." in body
+    assert rows(body, "items") == [["items", "16"]]
+    assert rows(body, "tokens") == [["tokens", "1,234"]]
+    assert rows(body, "fve.2") == [["fve.2", "0.47"]]
+    first = ["1", "0", "undesirable", "0.90", "knife 0.90, dog 0.50, gun 0.25"]
+    assert rows(body, "1", "0", "undesirable") == [first]
+    assert rows(body, "dictionary") == [["dictionary", "org/DACO-tiny at `v1.0.0`"]]
+    assert "`W_dec` 41×32" in body
+
+
+def test_figures_are_named_and_fit_the_page() -> None:
+    figures = {"kl": 0.5, "n_stimuli": 64, "fired": ["a", "b"]}
+    evaluation = {"steering": {"a": {"method": "A, 1", **figures}, "b": {"method": "B, 2", **figures}}}
+    (table,) = tables_of(evaluation | {"suites": {}})
+    assert (table["rows_are"], table["columns"], table["shared"]) == ("method", ["kl"], {"n_stimuli": 64})
+    assert table["rows"].keys() == {"A, 1", "B, 2"}
+    assert table["notes"]["kl"].startswith("KL divergence")
+    evaluation["steering"]["b"]["method"] = "A, 1"
+    assert tables_of(evaluation)[0]["rows"].keys() == {"a", "b"}  # no row is lost to another of its name
+    assert tables_of({"loss": 0.5}) == [
+        {"title": "overall", "rows_are": "", "columns": ["value"], "rows": {"loss": {"value": 0.5}}}
+        | {"shared": {}, "notes": {}}
+    ]
+    assert scalars({"a": {"b": [1, 2], "c": None, "d": [], "e": ""}}) == {"a.b": "1, 2"}
+
+
+# --- what is not known, and what is hostile
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_unknown_facts_drop_their_section(tmp_path: Path, kind: str) -> None:
+    metadata, body = rendered(tmp_path / "r", kind, **BARE)
+    for word in (
+        "Quick start",
+        "## Licence",
+        "seeds",
+        "Made with",
+        "| stage",
+        "daco-release",
+        "None",
+        "Undefined",
+    ):
+        assert word not in body
+    assert "license" not in metadata
+    assert "the authors' release" in body
+    assert "## Numbers" in body
+    assert not re.search(r"^## [^\n]*\n+(?=## |\Z)", body, re.MULTILINE)  # no heading without text
+
+
+def test_an_unknown_base_model_is_told_by_its_shape(tmp_path: Path) -> None:
+    folder = write_model_release(tmp_path / "r")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["base_model"] |= {"id": "", "revision": ""}
+    (folder / "config.json").write_text(canonical_json(config), "utf-8")
+    manifest = read_manifest(folder)
+    manifest["files"]["config.json"] = file_entry(folder / "config.json")
+    write_manifest(folder, manifest)
+    metadata, body = taken_apart(render(folder))
+    assert "for 2 layers of a llava model with hidden size 32" in body
+    assert "AutoModel" not in body
+    assert not {"base_model", "base_model_relation"} & metadata.keys()
+
+
+def test_no_empty_column_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release_fixture, "BASE", BASE | {"id": "", "revision": ""})
+    _, body = rendered(tmp_path / "r", "dataset")
+    assert rows(body, "tiny_vl") == [["tiny_vl", "32", "1, 2", "layer 1: 4.5, layer 2: 5.5"]]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("i", range(len(TEXTS)))
+def test_hostile_facts_come_out_as_text(tmp_path: Path, kind: str, i: int) -> None:
+    text = TEXTS[i]
+    release = {**RECIPE["release"], "licence": text, "contact": text, "org": text}
+    metadata, body = rendered(
+        tmp_path / "r",
+        kind,
+        words=[text, "b", "c", text],
+        name=text,
+        recipe=RECIPE | {"release": release},
+        facts={"limits": [text], "pretty_name": text},
+        sources=[{"name": text, "revision": text, "licence": text, "url": text}],
+        counts=COUNTS | {text: {"in": 1, "out": 0, "skipped": {text: 1}}},
+        versions={text: text},
+    )
+    assert metadata["license"] in ("other", text)
+    page = Page(html(body))
+    check_page(page, "https://arxiv.org/abs/2604.08846", "https://example.org/")
+    assert html(body).count("<h1") == 1
+    shown = escape.one_line(text)
+    assert "".join(page.text.split()).count("".join(shown.split())) >= 7
+    assert ("Quick start" in body) == is_hub_id(f"{text}/name")
+
+
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "1. a", "- b", "a_b_c", "*", "\\", "&amp;", "`", "``|``", "~~~", "=", "+ x"]
+)
+def test_each_filter_keeps_the_text(text: str) -> None:
+    line = escape.one_line(text)
+    for shown in (escape.md(text), escape.code(text)):
+        page = Page(html(f"- {shown}\n\n| a |\n|---|\n| {shown} |\n"))
+        assert page.text.split() == [*line.split(), "a", *line.split()]
+        assert page.tags <= {"ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code"}
+    assert json.loads(escape.py(text)) == line
+    assert yaml.safe_load(escape.yaml_metadata({"name": text})) == {"name": text}
+    assert not set("{}\\`\n") & set(escape.bib(text))
+
+
+def test_numbers_and_sizes_for_people() -> None:
+    shown = [escape.number(value) for value in (1234, 0.123456, 1e-7, True, "a|b", float("nan"))]
+    assert shown == ["1,234", "0.1235", "1e-07", "True", "a&#124;b", "nan"]
+    sizes = [escape.size(n).replace("\u00a0", " ") for n in (0, 999, 1000, 2_500_000, 10**13)]
+    assert sizes == ["0 B", "999 B", "1.0 kB", "2.5 MB", "10.0 TB"]
+    assert escape.link("https://example.org/a?b=1") == "<https://example.org/a?b=1>"
+    assert escape.link("javascript:alert(1)") == "javascript:alert(1)"
+    assert "<" not in escape.link("https://example.org/ <script>")
+
+
+def test_repo_ids(tmp_path: Path) -> None:
+    manifest = read_manifest(write_model_release(tmp_path / "r"))
+    assert repo_id(manifest) == "org/daco-sae-tiny"
+    assert repo_id(manifest | {"facts": {"repo_id": "other/name"}}) == "other/name"
+    assert repo_id(manifest | {"recipe": {}}) == ""
+    assert not any(map(is_hub_id, ("x", "a/b/c", "/a", "a/", "../b", "a b/c", 3, None, "a/b\n")))
+
+
+# --- staging
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_staging_again_changes_no_byte(tmp_path: Path, kind: str) -> None:
+    first, second = (WRITERS[kind](tmp_path / name) for name in ("first", "second"))
+    for folder in (first, first, second):
+        stage(folder)
+    for path in first.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+    card = first / "README.md"
+    assert read_manifest(first)["files"]["README.md"] == file_entry(card)
+    assert str(tmp_path) not in card.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("dataset", "data/concepts/train-00000-of-00001.parquet"), ("model", "layers.1/steering.safetensors")],
+)
+def test_a_damaged_release_gets_no_card(tmp_path: Path, kind: str, name: str) -> None:
+    folder = WRITERS[kind](tmp_path / "r")
+    (folder / name).write_bytes(b"\xff" * (folder / name).stat().st_size)
+    with pytest.raises(IntegrityError, match="build the release again"):
+        stage(folder)
+    assert not (folder / "README.md").exists()
+
+
+# --- the quick starts, as they are printed
+
+
+def quick_start(folder: Path) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)
+    return "".join(block for block in blocks if "sae_lens" not in block)
+
+
+def test_the_quick_start_of_a_dataset_runs(local_hub: LocalHub, tmp_path: Path) -> None:  # noqa: F811
+    folder = write_dataset_release(tmp_path / "r", sources=SOURCES)
+    publish(folder, Target("org/DACO-tiny", "dataset", local_hub.url, WRITER))
+    code = quick_start(folder) + "print(len(stimuli), len(links), len(concepts), len(directions))"
+    printed = local_hub.run(code)
+    assert "first-aid" in printed
+    assert printed.endswith(f"torch.Size([13, 32])\n{N_STIMULI} {13 * 6} 13 13\n")
+
+
+def test_the_quick_start_of_a_model_runs(
+    local_hub: LocalHub,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = tiny("llava", n_layers=BASE["n_layers"])
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "base")
+    api = local_hub.api()
+    api.create_repo(BASE["id"])
+    commit = api.upload_folder(repo_id=BASE["id"], folder_path=tmp_path / "base").oid
+    monkeypatch.setattr(release_fixture, "BASE", BASE | {"revision": commit})
+    folder = write_model_release(tmp_path / "r")
+    publish(folder, Target("org/daco-sae-tiny", "model", local_hub.url, WRITER))
+    code = quick_start(folder).replace("import daco\n", "from builders.vision import ensure_torchvision\n"
+                                       "ensure_torchvision()\nimport daco\n", 1)  # fmt: skip
+    printed = local_hub.run(code + "assert run.report().positions > 64")
+    assert "positions" in printed
