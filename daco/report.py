@@ -75,6 +75,11 @@ class Report(NamedTuple):
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+def _printable(text: str) -> str:
+    """`text` without control characters: names come from a release, and terminals obey escapes."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def _layer_lines(layer: LayerReport, shown: int = 5) -> list[str]:
     places = ", ".join(f"{count} {place}" for place, count in layer.positions.items() if count)
     shift = ", shifted" if layer.shifted else ""
@@ -82,7 +87,7 @@ def _layer_lines(layer: LayerReport, shown: int = 5) -> list[str]:
     head = f"layer {layer.layer}: {len(layer.atoms)} of {layer.labelled} labelled fired{shift}"
     lines = [f"{head}; steered {places or 'nowhere'}; {change}"]
     for atom in layer.atoms[:shown]:
-        names = ", ".join(atom.names[:3])
+        names = ", ".join(_printable(name) for name in atom.names[:3])
         lines.append(f"  {atom.atom} ({names}): {atom.positions} positions, mean {atom.mean_strength:.3g}")
     if (more := len(layer.atoms) - shown) > 0:
         lines.append(f"  and {more} more")

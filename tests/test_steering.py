@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from daco.capture import capture
 from daco.errors import ModelMismatchError, NothingToSteerError, SteeringConflictError, UnknownLayerError
 from daco.methods import MOP, ActAdd, SAESteering
+from daco.report import FiredAtom, LayerReport, Report
 from daco.sites import ModelFacts, image_token_ids
 from daco.steering import attach, steer
 
@@ -679,3 +680,12 @@ def test_half_precision_streams_keep_their_dtype() -> None:
     assert torch.equal(steered[kept], z[kept] + delta.bfloat16())
     assert not torch.equal(before, after)
     assert run.report().layers[0].relative_change > 0.05
+
+
+def test_a_name_cannot_steer_the_terminal() -> None:
+    atom = FiredAtom(3, ["\x1b[2Jknife\r\n"], 1, 1.0)
+    layer = LayerReport(1, 1, False, {"prompt": 1}, [atom], 0.1, 0.1)
+    printed = str(Report("method", "all", 1, [layer], []))
+    assert "knife" in printed
+    assert all(c.isprintable() or c == "\n" for c in printed)
+    assert printed.count("\n") == 2
