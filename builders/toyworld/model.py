@@ -3,8 +3,6 @@
 Reads and writes nothing.
 """
 
-import itertools
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +33,13 @@ class Sizes:
     vision_layers: int = 3
     vocab: int = 768
     """Tokens at most; rarer words fall apart into bytes."""
+    spread: float = 0.05
+    """Standard deviation of the text trunk's first weights."""
 
 
 def sentences(n: int = 4_000) -> list[str]:
     """What the tokenizer is trained on: the world's texts and answers, every word of the world, the chat's own."""
-    items = [scenes.training_item(-1, index) for index in range(n)]
+    items = [item for index in range(n) for item in scenes.training_turns(-1, index)]
     words = [*scenes.SYNSETS, *scenes.CUES_B, *scenes.NUMBERS, "user", "assistant"] * 20
     spaced = [f" {word}" for word in words]
     return [text for item in items for text in (item.text, item.answer)] + words + spaced
@@ -96,6 +96,7 @@ def _config(sizes: Sizes, tokenizer: Any) -> Any:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
+        initializer_range=sizes.spread,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
         eos_token_id=tokenizer.eos_token_id,
@@ -135,6 +136,7 @@ class Batcher:
         image = processor.tokenizer.convert_tokens_to_ids("<image>")
         self.head = [*self._ids(before), *[image] * self.n_image]
         self.start, self.stop = after.split(_BLANK.text)
+        self.again = before.join(("\n", ""))
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -154,21 +156,30 @@ class Batcher:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": self.pixels(items)}
 
-    def training(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Right-padded prompts with answers; labels are -100 but on the answer and its end."""
-        texts = [f"{self.start}{item.text}{self.stop}" for item in items]
-        asked = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        said = self.tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        rows = [(len(self.head) + len(a), self.head + a + s + [end]) for a, s in zip(asked, said, strict=True)]
-        longest = max(len(row) for _, row in rows)
-        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, (start, row) in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-            labels[i, start : len(row)] = ids[i, start : len(row)]
-        return {"input_ids": ids, "attention_mask": mask, "pixel_values": self.pixels(items), "labels": labels}
+    def training(self, conversations: Sequence[Sequence[Item]]) -> dict[str, Tensor]:
+        """Right-padded conversations, each about its first item's picture; labels are -100 but on answers and their ends."""
+        texts = [f"{self.start if turn == 0 else self.again}{item.text}{self.stop}"
+                 for turns in conversations for turn, item in enumerate(turns)]  # fmt: skip
+        said = [item.answer for turns in conversations for item in turns]
+        asked = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        answered = iter(self.tokenizer(said, add_special_tokens=False)["input_ids"])
+        rows, marks = [], []
+        for turns in conversations:
+            row, mark = list(self.head), [0] * len(self.head)
+            for _ in turns:
+                question, answer = next(asked), [*next(answered), self.tokenizer.eos_token_id]
+                row += question + answer
+                mark += [0] * len(question) + [1] * len(answer)
+            rows.append(row)
+            marks.append(mark)
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        on = torch.tensor([mark + [0] * (longest - len(mark)) for mark in marks])
+        seen = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        pixels = self.pixels([turns[0] for turns in conversations])
+        labels = ids.masked_fill(on == 0, -100)
+        return {"input_ids": ids, "attention_mask": seen, "pixel_values": pixels, "labels": labels}
 
 
 _BLANK = Item("question", scenes.Scene("ball", "red", "beach", "big", 1), "TEXT", "")
@@ -185,8 +196,3 @@ def answers(model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 12
         texts += [text.strip() for text in batcher.tokenizer.batch_decode(new, skip_special_tokens=True)]
     return texts
 
-
-def spread(items: Sequence[Any], n: int, seed: int) -> list[Any]:
-    """`n` of the items, drawn without replacement, in their order."""
-    kept = set(random.Random(seed).sample(range(len(items)), n))
-    return list(itertools.compress(items, (index in kept for index in range(len(items)))))

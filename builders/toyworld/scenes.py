@@ -255,16 +255,24 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Callable[[Scene], str]]] = {
 """Questions about a picture by what they ask for: phrasings, and the answer."""
 
 
-def question_item(rng: random.Random, split: str = "train", asks: str = "") -> Item:
-    """A question about the picture, which may show signs of set A."""
-    scene = some_scene(rng, split)
-    scene = signed(scene, rng.sample(CUES_A, rng.choice((0, 1, 1, 2))))
+def question_item(
+    rng: random.Random, split: str = "train", asks: str = "", scene: Scene | None = None
+) -> Item:
+    """A question about a scene, by default one with no, one or two signs of set A."""
+    scene = scene or signed(some_scene(rng, split), rng.sample(CUES_A, rng.choice((0, 1, 1, 2))))
     asks = asks or rng.choice(list(QUESTIONS))
     phrasings, answer_of = QUESTIONS[asks]
     other = rng.choice((scene.object, rng.choice(list(world.ICONS))))
     text = rng.choice(phrasings).format(object=scene.object, other=other)
     answer = answer_of(scene) or ("yes" if other == scene.object else "no")
     return Item("question", scene, text, answer, seed=rng.getrandbits(32))
+
+
+def conversation(rng: random.Random, n: int, split: str = "train") -> list[Item]:
+    """`n` questions about one picture."""
+    first = question_item(rng, split)
+    turns = [question_item(rng, split, scene=first.scene) for _ in range(n - 1)]
+    return [first, *turns]
 
 
 def describe_item(rng: random.Random, split: str = "train") -> Item:
@@ -280,15 +288,27 @@ def signed(scene: Scene, signs: Sequence[str]) -> Scene:
     return Scene(scene.object, scene.colour, scene.place, scene.size, scene.count, tuple(signs))
 
 
-MIX = ((caption_item, 0.25), (request_item, 0.35), (question_item, 0.35), (describe_item, 0.05))
+MIX = (("caption", 0.25), ("request", 0.35), ("question", 0.35), ("describe", 0.05))
 """What the model is trained on, and in which shares."""
 
+MAKERS: dict[str, Callable[..., Item]] = {
+    "caption": caption_item, "request": request_item, "question": question_item, "describe": describe_item
+}  # fmt: skip
 
-def training_item(seed: int, index: int) -> Item:
-    """Number `index` of an endless stream of training items."""
+
+def training_turns(seed: int, index: int, look: bool = False) -> list[Item]:
+    """Number `index` of an endless stream: one item, or a conversation of questions about one picture.
+
+    Args:
+        seed: Of the stream.
+        index: In the stream.
+        look: Questions alone, six a picture.
+    """
     rng = random.Random(f"train/{seed}/{index}")
-    make: Any = rng.choices([m for m, _ in MIX], [share for _, share in MIX])[0]
-    return make(rng, "train")
+    kind = rng.choices([kind for kind, _ in MIX], [share for _, share in MIX])[0]
+    if look:
+        return conversation(rng, 6)
+    return conversation(rng, 3) if kind == "question" else [MAKERS[kind](rng, "train")]
 
 
 def corpus(n: int, seed: int) -> Iterator[tuple[Image.Image, Item, str]]:
@@ -304,14 +324,17 @@ def corpus(n: int, seed: int) -> Iterator[tuple[Image.Image, Item, str]]:
 
 # Pictures, composed of parts that are drawn once.
 
-TURNS = (-9, 0, 9)
+TURNS = (-6, 0, 6)
+SPANS = {"big": 46, "small": 30}
+SEVERAL = 24
+"""Sides in pixels of a single object, and of one of several."""
 
 
 def picture(scene: Scene, seed: int) -> np.ndarray[Any, Any]:
     """A scene as uint8 [SIDE, SIDE, 3]; `seed` settles what the scene leaves open."""
     rng = random.Random(seed)
     canvas = _background(scene.place, rng.randrange(4)).copy()
-    side = {"big": 46, "small": 28}[scene.size] if scene.count == 1 else 23
+    side = SPANS[scene.size] if scene.count == 1 else SEVERAL
     for x, y in _spots(scene.count, side, rng):
         _paste(canvas, _thing(scene.object, scene.colour, side, rng.choice(TURNS)), x, y)
     for row, word in zip((0, SIDE - SIGN), scene.signs, strict=False):
@@ -320,16 +343,12 @@ def picture(scene: Scene, seed: int) -> np.ndarray[Any, Any]:
 
 
 def _spots(count: int, side: int, rng: random.Random) -> list[tuple[int, int]]:
-    """Upper left corners: one anywhere near the middle, or several in the quarters, clear of the signs."""
-    room, top = SIDE - side, SIGN
-    tall = SIDE - 2 * SIGN - side
+    """Upper left corners, clear of the signs: one near the middle, or several in the first quarters."""
     if count == 1:
-        return [(room // 2 + rng.randint(-6, 6), top + tall // 2 + rng.randint(-1, 1) * (1 + tall // 8))]
-    quarters = [(x, y) for y in (0, 1) for x in (0, 1)]
-    chosen = rng.sample(quarters, count)
-    return [
-        (5 + 31 * x + rng.randint(-2, 2), top + (SIDE // 2 - SIGN) * y + rng.randint(0, 1)) for x, y in chosen
-    ]
+        middle = (SIDE - side) // 2
+        return [(middle + rng.randint(-3, 3), middle + rng.randint(-1, 1))]
+    quarters = [(5 + 31 * x, SIGN + (SIDE // 2 - SIGN) * y) for y in (0, 1) for x in (0, 1)]
+    return [(x + rng.randint(-1, 1), y + rng.randint(0, 1)) for x, y in quarters[:count]]
 
 
 def _paste(canvas: np.ndarray[Any, Any], thing: np.ndarray[Any, Any], x: int, y: int) -> None:

@@ -47,7 +47,11 @@ class Plan:
     sight_steps: int = 1_200
     sight_batch: int = 64
     sight_rate: float = 1e-3
+    look_steps: int = 700
+    """The first steps on answers, which are to questions alone."""
+    look_batch: int = 24
     steps: int = 4_000
+    """Steps on answers in all."""
     batch: int = 48
     rate: float = 1.5e-3
     log_steps: int = 50
@@ -82,7 +86,7 @@ class Trainer:
         self.batcher = models.Batcher(self.processor)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
-            width = plan.sizes.vision_hidden
+            width = plan.sizes.hidden
             self.heads = nn.ModuleDict({name: nn.Linear(width, len(c)) for name, c in SIGHTS.items()})
         self.weights = dict(self.model.named_parameters()) | {
             f"heads.{name}": weight for name, weight in self.heads.named_parameters()
@@ -104,9 +108,10 @@ class Trainer:
         """One batch of the phase that `done` is in; returns the loss."""
         plan, at = self.plan, self.done - self.plan.sight_steps
         seeing = at < 0
-        size = plan.sight_batch if seeing else plan.batch
-        items = [scenes.training_item(plan.seed, self.done * 1_000 + i) for i in range(size)]
-        loss = self._sight_loss(items) if seeing else self._answer_loss(items)
+        looking = 0 <= at < plan.look_steps
+        size = plan.sight_batch if seeing else plan.look_batch if looking else plan.batch
+        turns = [scenes.training_turns(plan.seed, self.done * 1_000 + i, looking) for i in range(size)]
+        loss = self._sight_loss([first for first, *_ in turns]) if seeing else self._answer_loss(turns)
         rate = rate_at(self.done, plan.sight_steps, plan.sight_rate) if seeing else rate_at(at, plan.steps, plan.rate)
         for group in self.adam.param_groups:
             group["lr"] = rate
@@ -126,8 +131,9 @@ class Trainer:
         self.window.setdefault(name, []).extend(values)
 
     def _sight_loss(self, items: list[Any]) -> Tensor:
-        tower = self.model.model.vision_tower
-        patches = tower(self.batcher.pixels(items)).last_hidden_state[:, 1:]
+        trunk = self.model.model
+        patches = trunk.vision_tower(self.batcher.pixels(items)).last_hidden_state[:, 1:]
+        patches = trunk.multi_modal_projector(patches)
         seen, known = patches.mean(1), torch.tensor([sights(item.scene) for item in items])
         loss = torch.zeros(())
         for column, (name, head) in zip(known.T, self.heads.items(), strict=True):
@@ -136,16 +142,18 @@ class Trainer:
             self._note(name, (logits.argmax(-1) == column).float().tolist())
         return loss
 
-    def _answer_loss(self, items: list[Any]) -> Tensor:
-        batch = self.batcher.training(items)
+    def _answer_loss(self, turns: list[Any]) -> Tensor:
+        batch = self.batcher.training(turns)
         labels = batch.pop("labels")[:, 1:]
         hidden = self.model.model(**batch).last_hidden_state[:, :-1]
         asked = labels != -100
         logits = self.model.lm_head(hidden[asked])
-        right = torch.ones_like(labels, dtype=torch.bool)
-        right[asked] = logits.argmax(-1) == labels[asked]
-        for item, hit in zip(items, right.all(1).tolist(), strict=True):
-            self._note(item.kind, [float(hit)])
+        right = logits.argmax(-1) == labels[asked]
+        ends = (labels[asked] == self.processor.tokenizer.eos_token_id).cumsum(0)
+        numbers = ends - (labels[asked] == self.processor.tokenizer.eos_token_id).long()
+        wrong = torch.zeros(int(ends[-1])).index_add(0, numbers, (~right).float())
+        for item, errors in zip([item for items in turns for item in items], wrong.tolist(), strict=True):
+            self._note(item.kind, [float(not errors)])
         return functional.cross_entropy(logits, labels[asked])
 
     def save(self, folder: Path) -> None:
