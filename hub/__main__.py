@@ -16,8 +16,8 @@ from cards.facts import is_hub_id, repo_id
 from daco.errors import DacoError, RecipeError
 from daco.manifest import MANIFEST, read_manifest
 from hub import publish as publishing
+from hub.local.server import serve as serve_hub
 from hub.remote import Target
-from hub.server import serve as serve_hub
 from hub.stage import stage as stage_folder
 from hub.verify import verify as verify_release
 

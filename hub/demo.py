@@ -20,9 +20,9 @@ from builders.pipeline import run as run_pipeline
 from builders.recipe import Recipe, load_recipe, repo_id
 from cards.report import report_html
 from daco.manifest import read_manifest, write_atomic
+from hub.local.server import background, client_env
 from hub.publish import publish
 from hub.remote import Target
-from hub.server import background, client_env
 
 ROOT = Path(__file__).parent.parent
 CLIENT = Path(__file__).with_name("demo_client.py")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cards.facts import CARD
 from daco.errors import DacoError
 from daco.manifest import MANIFEST, check_file, read_manifest, release_files
-from hub.card_rules import card_data, check_card
+from hub.local.card_rules import card_data, check_card
 from hub.plan import Refusal
 
 EXECUTABLE = (".bin", ".pt", ".pkl", ".pickle", ".pth", ".ckpt", ".npy", ".npz", ".joblib")

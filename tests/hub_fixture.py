@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hub.server import background, client_env
+from hub.local.server import background, client_env
 
 ROOT = Path(__file__).parents[1]
 WRITER, READER = "hf_local", "hf_local_reader"

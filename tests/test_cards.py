@@ -30,7 +30,7 @@ from cards.facts import is_hub_id, repo_id, scalars, tables_of
 from cards.render import render
 from daco.errors import IntegrityError
 from daco.manifest import canonical_json, file_entry, read_manifest, write_manifest
-from hub.card_rules import check_card
+from hub.local.card_rules import check_card
 from hub.publish import publish
 from hub.remote import Target
 from hub.stage import stage

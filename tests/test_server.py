@@ -37,8 +37,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from daco.manifest import write_atomic
-from hub.card_rules import check_card
-from hub.store import File, Store, commit_id, git_id, tree_ids
+from hub.local.card_rules import check_card
+from hub.local.store import File, Store, commit_id, git_id, tree_ids
 
 REPO = "org/name"
 DATA: Any = {"repo_id": REPO, "repo_type": "dataset"}
@@ -186,7 +186,7 @@ def test_a_crash_before_the_last_rename_leaves_the_old_state(
         write_atomic(path, content)
 
     with monkeypatch.context() as broken:
-        broken.setattr("hub.store.write_atomic", crash)
+        broken.setattr("hub.local.store.write_atomic", crash)
         with pytest.raises(HfHubHTTPError) as error:
             publish(api, **{"a.txt": b"2"})
         assert error.value.response.status_code == 500
@@ -196,7 +196,9 @@ def test_a_crash_before_the_last_rename_leaves_the_old_state(
 
 
 def test_a_killed_server_starts_again_and_never_prints_a_token(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from hub.server import serve; serve(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from hub.local.server import serve; serve(Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", code, str(tmp_path / "root")]
     streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for existed in (False, True):

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from hub.store import ApiError, Repo, Store
+from hub.local.store import ApiError, Repo, Store
 
 EXPIRY = 4102444800
 """When the tokens of a local store expire, in Unix seconds: never."""

@@ -1,0 +1,1 @@
+"""A local Hub over HTTP, for the demo, for tests and for places without a network."""
