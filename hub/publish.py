@@ -29,6 +29,9 @@ from hub.remote import MAIN, Target, own_bars
 from hub.stage import stage
 from hub.verify import verify
 
+LOOKS = 4
+"""Looks at the repo before one that shows no progress is trouble: to make it, to fill it, to see it done."""
+
 CONFLICTS = (409, 412)
 """Statuses that say the repo moved: the tag or repo appeared, or `main` has another head."""
 
@@ -150,9 +153,11 @@ class _Work:
             if trouble is not None:
                 retry.sleep(retry.wait_seconds(trouble, attempt - 1))
             try:
-                while not (plan := self.look()).done:
+                for _ in range(LOOKS):
+                    if (plan := self.look()).done:
+                        return
                     self.step(plan)
-                return
+                trouble = TimeoutError("the repo does not show what was written to it")
             except DacoError:
                 raise
             except retry.CAUGHT as error:

@@ -28,21 +28,21 @@ CAUGHT = (errors.HTTPError, OSError, ValueError, RuntimeError)
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer\s+\S+)")
 
 
-def status(error: BaseException) -> int | None:
+def status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error of huggingface_hub, where there is one."""
     return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
 
 
 def is_transient(error: BaseException | None) -> bool:
     """Whether trying again may help: 429, 5xx, a lost connection, HTML where JSON was due."""
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    if error is None or isinstance(error, errors.OfflineModeIsEnabled):
         return False
-    if (code := status(error)) is not None if error else False:
+    if (code := status(error)) is not None:
         return code == 429 or code >= 500
     if isinstance(error, errors.HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError):
         return True
     # huggingface_hub wraps a failed upload in RuntimeError, a failed download in LocalEntryNotFoundError
-    return error is not None and is_transient(error.__cause__)
+    return is_transient(error.__cause__)
 
 
 def wait_seconds(error: BaseException, attempt: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
-from daco.errors import DacoError, HubRefusedError, IntegrityError, VerificationError
+from daco.errors import FormatError, HubRefusedError, IntegrityError, VerificationError
 from daco.manifest import MANIFEST, check_file, parse_manifest
 from hub import retry
 from hub.plan import KEPT
@@ -63,7 +63,7 @@ def _manifest(target: Target, commit: str, expected: bytes | None) -> tuple[list
         try:
             content = _fetch(target, commit, MANIFEST, cache).read_bytes()
             files = parse_manifest(content)["files"]
-        except (HubRefusedError, DacoError) as error:
+        except (HubRefusedError, FormatError) as error:
             return [str(error)], {}
     if expected is not None and content != expected:
         return [f"{MANIFEST}: expected the bytes of the local one, got others"], files

@@ -357,6 +357,19 @@ def test_a_lasting_trouble_ends_with_one_error(
     assert state(local_hub)["tags"] == {}
 
 
+def test_a_hub_that_never_shows_the_tag_is_given_up(
+    local_hub: LocalHub,  # noqa: F811
+    release: Path,
+    slept: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(HfApi, "create_tag", lambda *_, **__: None)
+    with pytest.raises(HubUnavailableError, match="does not show what was written to it; run it again"):
+        publish(release, target(local_hub))
+    assert slept == [1, 2, 4, 8, 16]
+    assert local_hub.faults.seen("POST", "/commit/") == [200]
+
+
 @pytest.mark.parametrize("token", [READER, SECRET])
 def test_a_refusal_is_no_trouble(
     local_hub: LocalHub,  # noqa: F811
@@ -428,6 +441,25 @@ def test_verify_reads_every_byte(local_hub: LocalHub, release: Path) -> None:  #
     stored.write_bytes(content)
     with pytest.raises(VerificationError, match=r"layers\.2/sae_weights\.safetensors: expected sha256"):
         verify(target(local_hub), "v1.0.0")
+
+
+def test_a_hub_out_of_reach_is_no_difference(
+    local_hub: LocalHub,  # noqa: F811
+    release: Path,
+    slept: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publish(release, target(local_hub))
+
+    def lost(*_: Any, **__: Any) -> str:
+        raise ConnectionResetError("connection reset")
+
+    monkeypatch.setattr("hub.verify.hf_hub_download", lost)
+    with pytest.raises(
+        HubUnavailableError, match=r"manifest\.json: gave up after 6 tries: .*connection reset"
+    ):
+        verify(target(local_hub), "v1.0.0")
+    assert slept == [1, 2, 4, 8, 16]
 
 
 # --- command line
