@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m hub.demo --out runs/demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
