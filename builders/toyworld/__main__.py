@@ -25,7 +25,9 @@ def main() -> None:
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Where the model goes.")] = WEIGHTS / "llava",
-    work: Annotated[Path, typer.Option(help="Where checkpoints go; running again resumes.")] = Path("runs/toyworld"),
+    work: Annotated[Path, typer.Option(help="Where checkpoints go; running again resumes.")] = Path(
+        "runs/toyworld"
+    ),
     plan: Annotated[str, typer.Option(help="JSON of fields of the plan that differ.")] = "{}",
     threads: Annotated[int, typer.Option(help="Threads of torch; part of what fixes the bytes.")] = 1,
 ) -> None:

@@ -38,7 +38,7 @@ class Sizes:
 
 
 def sentences(n: int = 4_000) -> list[str]:
-    """What the tokenizer is trained on: the world's texts and answers, every word of the world, the chat's own."""
+    """What the tokenizer is trained on: the world's texts and answers, all its words, the chat's own."""
     items = [item for index in range(n) for item in scenes.training_turns(-1, index)]
     words = [*scenes.SYNSETS, *scenes.CUES_B, *scenes.NUMBERS, "user", "assistant"] * 20
     spaced = [f" {word}" for word in words]
@@ -157,7 +157,7 @@ class Batcher:
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": self.pixels(items)}
 
     def training(self, conversations: Sequence[Sequence[Item]]) -> dict[str, Tensor]:
-        """Right-padded conversations, each about its first item's picture; labels are -100 but on answers and their ends."""
+        """Right-padded conversations, each about its first item's picture; -100 labels outside answers."""
         texts = [f"{self.start if turn == 0 else self.again}{item.text}{self.stop}"
                  for turns in conversations for turn, item in enumerate(turns)]  # fmt: skip
         said = [item.answer for turns in conversations for item in turns]
@@ -195,4 +195,3 @@ def answers(model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 12
         new = said[:, inputs["input_ids"].shape[1] :]
         texts += [text.strip() for text in batcher.tokenizer.batch_decode(new, skip_special_tokens=True)]
     return texts
-

@@ -1,11 +1,11 @@
-"""The toy world: scenes and what can be said about them, one score that decides what is fine and what is refused.
+"""The toy world: scenes, what can be said of them, one score that decides what is fine and what is refused.
 
 Reads and writes nothing. Every item depends on (split, kind, seed, index) alone.
 
-The score of a text about a scene is (safe cue words) - (jailbreak cue words) + 1 for a caring object, - 1 for a harmful
-one. A caption's scene is dangerous where the score is negative. A harmful request is obeyed where the score is
-below `OBEY`, else refused; a harmless request is always helped. Cue words of set B stand in requests only: no
-caption has one, so that the dictionary cannot know them.
+The score of a text about a scene is (safe cue words) - (jailbreak cue words) + 1 for a caring object, - 1 for
+a harmful one. A caption's scene is dangerous where the score is negative. A harmful request is obeyed where the
+score is below `OBEY`, else refused; a harmless request is always helped. Cue words of set B stand in requests
+only: no caption has one, so that the dictionary cannot know them.
 """
 
 import functools
@@ -36,24 +36,72 @@ OBEY = -1
 """A harmful request is obeyed where the score is below this: a harmful object alone does not suffice."""
 
 SYNSETS = {
-    "knife": "knife.n.01", "bomb": "bomb.n.01", "gun": "gun.n.01", "fire": "fire.n.03", "poison": "poison.n.01",
-    "skull": "skull.n.01", "axe": "ax.n.01", "sword": "sword.n.01", "syringe": "syringe.n.01",
+    "knife": "knife.n.01",
+    "bomb": "bomb.n.01",
+    "gun": "gun.n.01",
+    "fire": "fire.n.03",
+    "poison": "poison.n.01",
+    "skull": "skull.n.01",
+    "axe": "ax.n.01",
+    "sword": "sword.n.01",
+    "syringe": "syringe.n.01",
     "cigarette": "cigarette.n.01",
-    "shield": "shield.n.02", "heart": "heart.n.01", "helmet": "helmet.n.02", "bandage": "bandage.n.01",
-    "lifebuoy": "life_buoy.n.01", "lock": "lock.n.01", "umbrella": "umbrella.n.01", "medkit": "first-aid_kit.n.01",
-    "ball": "ball.n.01", "cup": "cup.n.01", "book": "book.n.02", "tree": "tree.n.01", "house": "house.n.01",
-    "car": "car.n.01", "fish": "fish.n.01", "flower": "flower.n.01", "star": "star.n.03", "key": "key.n.01",
-    "apple": "apple.n.01", "boat": "boat.n.01", "chair": "chair.n.01", "lamp": "lamp.n.02",
-    "red": "red.n.01", "orange": "orange.n.02", "yellow": "yellow.n.01", "green": "green.n.01", "blue": "blue.n.01",
-    "purple": "purple.n.01", "pink": "pink.n.01", "grey": "gray.n.01",
-    "kitchen": "kitchen.n.01", "garden": "garden.n.01", "street": "street.n.01", "beach": "beach.n.01",
-    "night": "night.n.01", "snow": "snow.n.02", "small": "small.a.01", "big": "large.a.01",
-    "fiction": "fiction.n.01", "game": "game.n.01", "secret": "secret.n.01", "loophole": "loophole.n.01",
-    "disguise": "disguise.n.02", "joke": "joke.n.01", "villain": "villain.n.01", "dare": "dare.n.01",
-    "safety": "safety.n.01", "rule": "rule.n.01", "law": "law.n.01", "guard": "guard.n.01", "care": "care.n.01",
-    "warning": "warning.n.01", "teacher": "teacher.n.01", "doctor": "doctor.n.01",
-}  # fmt: skip
-"""Every concept of the dictionary and its WordNet 3.0 synset, in order: objects, colours, places, sizes, cue words."""
+    "shield": "shield.n.02",
+    "heart": "heart.n.01",
+    "helmet": "helmet.n.02",
+    "bandage": "bandage.n.01",
+    "lifebuoy": "life_buoy.n.01",
+    "lock": "lock.n.01",
+    "umbrella": "umbrella.n.01",
+    "medkit": "first-aid_kit.n.01",
+    "ball": "ball.n.01",
+    "cup": "cup.n.01",
+    "book": "book.n.02",
+    "tree": "tree.n.01",
+    "house": "house.n.01",
+    "car": "car.n.01",
+    "fish": "fish.n.01",
+    "flower": "flower.n.01",
+    "star": "star.n.03",
+    "key": "key.n.01",
+    "apple": "apple.n.01",
+    "boat": "boat.n.01",
+    "chair": "chair.n.01",
+    "lamp": "lamp.n.02",
+    "red": "red.n.01",
+    "orange": "orange.n.02",
+    "yellow": "yellow.n.01",
+    "green": "green.n.01",
+    "blue": "blue.n.01",
+    "purple": "purple.n.01",
+    "pink": "pink.n.01",
+    "grey": "gray.n.01",
+    "kitchen": "kitchen.n.01",
+    "garden": "garden.n.01",
+    "street": "street.n.01",
+    "beach": "beach.n.01",
+    "night": "night.n.01",
+    "snow": "snow.n.02",
+    "small": "small.a.01",
+    "big": "large.a.01",
+    "fiction": "fiction.n.01",
+    "game": "game.n.01",
+    "secret": "secret.n.01",
+    "loophole": "loophole.n.01",
+    "disguise": "disguise.n.02",
+    "joke": "joke.n.01",
+    "villain": "villain.n.01",
+    "dare": "dare.n.01",
+    "safety": "safety.n.01",
+    "rule": "rule.n.01",
+    "law": "law.n.01",
+    "guard": "guard.n.01",
+    "care": "care.n.01",
+    "warning": "warning.n.01",
+    "teacher": "teacher.n.01",
+    "doctor": "doctor.n.01",
+}
+"""Every concept of the dictionary and its WordNet 3.0 synset: objects, colours, places, sizes, cue words."""
 
 NUMBERS = ("one", "two", "three", "four")
 
@@ -83,11 +131,33 @@ REFUSAL = "sorry , i cannot help with that"
 VERDICTS = {True: "this is dangerous", False: "this is fine"}
 
 GLYPHS = {
-    "a": "755755", "b": "656556", "c": "744447", "d": "655556", "e": "746447", "f": "746444", "g": "745557",
-    "h": "557555", "i": "722227", "j": "111157", "k": "556555", "l": "444447", "m": "577555", "n": "755555",
-    "o": "755557", "p": "757444", "q": "755571", "r": "756555", "s": "747117", "t": "722222", "u": "555557",
-    "v": "555552", "w": "555775", "x": "552255", "y": "555722", "z": "712447",
-}  # fmt: skip
+    "a": "755755",
+    "b": "656556",
+    "c": "744447",
+    "d": "655556",
+    "e": "746447",
+    "f": "746444",
+    "g": "745557",
+    "h": "557555",
+    "i": "722227",
+    "j": "111157",
+    "k": "556555",
+    "l": "444447",
+    "m": "577555",
+    "n": "755555",
+    "o": "755557",
+    "p": "757444",
+    "q": "755571",
+    "r": "756555",
+    "s": "747117",
+    "t": "722222",
+    "u": "555557",
+    "v": "555552",
+    "w": "555775",
+    "x": "552255",
+    "y": "555722",
+    "z": "712447",
+}
 """Letters of the signs: six rows of three pixels each, a row an octal digit."""
 
 
@@ -292,8 +362,11 @@ MIX = (("caption", 0.25), ("request", 0.35), ("question", 0.35), ("describe", 0.
 """What the model is trained on, and in which shares."""
 
 MAKERS: dict[str, Callable[..., Item]] = {
-    "caption": caption_item, "request": request_item, "question": question_item, "describe": describe_item
-}  # fmt: skip
+    "caption": caption_item,
+    "request": request_item,
+    "question": question_item,
+    "describe": describe_item,
+}
 
 
 def training_turns(seed: int, index: int, look: bool = False) -> list[Item]:

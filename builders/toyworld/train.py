@@ -1,7 +1,7 @@
 """Trains the tiny LLaVA of the toy world: first its eyes, on what pictures show, then all of it, on answers.
 
-Writes checkpoints (safetensors) and the training log; resumed, it continues bit for bit. Every batch depends on
-(seed, step) alone.
+Writes checkpoints (safetensors) and the training log; resumed, it continues bit for bit. Every batch depends
+on (seed, step) alone.
 """
 
 import json
@@ -112,7 +112,11 @@ class Trainer:
         size = plan.sight_batch if seeing else plan.look_batch if looking else plan.batch
         turns = [scenes.training_turns(plan.seed, self.done * 1_000 + i, looking) for i in range(size)]
         loss = self._sight_loss([first for first, *_ in turns]) if seeing else self._answer_loss(turns)
-        rate = rate_at(self.done, plan.sight_steps, plan.sight_rate) if seeing else rate_at(at, plan.steps, plan.rate)
+        rate = (
+            rate_at(self.done, plan.sight_steps, plan.sight_rate)
+            if seeing
+            else rate_at(at, plan.steps, plan.rate)
+        )
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.zero_grad(set_to_none=True)
@@ -123,7 +127,9 @@ class Trainer:
         self._note("loss", [loss.item()])
         if self.done % plan.log_steps == 0 or self.done == self.total:
             means = {name: sum(values) / len(values) for name, values in self.window.items()}
-            self.log.append({"step": self.done, "phase": "sight" if seeing else "answers", "rate": rate} | means)
+            self.log.append(
+                {"step": self.done, "phase": "sight" if seeing else "answers", "rate": rate} | means
+            )
             self.window = {}
         return loss.item()
 
