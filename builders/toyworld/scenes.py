@@ -4,8 +4,8 @@ Reads and writes nothing. Every item depends on (split, kind, seed, index) alone
 
 The score of a text about a scene is (safe cue words) - (jailbreak cue words) + 1 for a caring object, - 1 for
 a harmful one. A caption's scene is dangerous where the score is negative. A harmful request is obeyed where
-the score is below `OBEY`, else refused; a harmless request is always helped. Cue words of set B stand in requests
-only: no caption has one, so that the dictionary cannot know them.
+the score is below `OBEY`, else refused; a harmless request is always helped. Cue words of set B stand in
+requests only: no caption has one, so that the dictionary cannot know them.
 """
 
 import functools
