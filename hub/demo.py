@@ -41,6 +41,7 @@ def demo(
     loaded = load_recipe(recipe, overrides or ())
     say(f"building {loaded.run.name} in {out}")
     run_pipeline(loaded, out)
+    shutil.rmtree(out / "hub", ignore_errors=True)  # tags never move: a changed recipe needs a fresh Hub
     with background(out / "hub") as url:
         repos = [publish_release(out, loaded, kind, url) for kind in ("dataset", "model")]
         client_output = read_back(out, loaded, url)
