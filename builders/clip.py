@@ -411,6 +411,9 @@ class Trainer:
     def write(self, folder: Path) -> None:
         """Write the model and its processor, as `AutoModel` and `AutoProcessor` read them."""
         self.model.save_pretrained(folder)
+        backend = self.processor.tokenizer.backend_tokenizer
+        backend.no_truncation()  # else the file tells how the tokenizer was last called, if it was
+        backend.no_padding()
         self.processor.save_pretrained(folder)
 
 

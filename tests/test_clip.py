@@ -92,6 +92,16 @@ def test_a_checkpoint_restores_weights_and_moments_exactly(tmp_path: Path) -> No
         assert torch.equal(first.adam.state[a]["exp_avg_sq"], second.adam.state[b]["exp_avg_sq"])
 
 
+def test_what_is_written_does_not_tell_how_the_tokenizer_was_last_called(tmp_path: Path) -> None:
+    """A run killed after its last step writes with a tokenizer that was never called."""
+    images = torch.zeros(3, 3, 27, 27, dtype=torch.uint8)
+    trainer = Trainer(tiny_recipe(tmp_path).clip, images, CAPTIONS, 0)
+    trainer.write(tmp_path / "unused")
+    trainer.processor.tokenizer(CAPTIONS, padding=True, truncation=True, max_length=5)
+    trainer.write(tmp_path / "used")
+    assert digests(tmp_path / "unused") == digests(tmp_path / "used")
+
+
 def test_training_learns_to_tell_a_few_pictures_apart(tmp_path: Path) -> None:
     config = tiny_recipe(tmp_path, clip={"steps": 60, "learning_rate": 3e-3, "batch": 3, "holdout": 0.0}).clip
     images = torch.stack([torch.full((3, 27, 27), v, dtype=torch.uint8) for v in (0, 128, 255)])
