@@ -3,45 +3,94 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from tqdm import tqdm
 
+from builders.toyworld import eyes, judge, scenes
+from builders.toyworld.model import Batcher
 from builders.toyworld.train import Plan, Trainer
+from daco.manifest import canonical_json, write_atomic
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
+"""Where the committed models are: `llava` and `clip`."""
+
+Threads = Annotated[int, typer.Option(help="Threads of torch; part of what fixes the bytes.")]
+Work = Annotated[Path, typer.Option(help="Where checkpoints go; running again resumes.")]
 
 
-@app.callback()
-def main() -> None:
-    """The toy world."""
+def bar(steps: range) -> Iterable[Any]:
+    """Progress of a training, quiet when not a terminal."""
+    return tqdm(steps, unit="step", disable=None)
 
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Where the model goes.")] = WEIGHTS / "llava",
-    work: Annotated[Path, typer.Option(help="Where checkpoints go; running again resumes.")] = Path(
-        "runs/toyworld"
-    ),
-    plan: Annotated[str, typer.Option(help="JSON of fields of the plan that differ.")] = "{}",
-    threads: Annotated[int, typer.Option(help="Threads of torch; part of what fixes the bytes.")] = 1,
+    out: Annotated[Path, typer.Option(help="Where the models go.")] = WEIGHTS,
+    work: Work = Path("runs/toyworld"),
+    plan: Annotated[str, typer.Option(help="JSON of fields of the LLaVA's plan that differ.")] = "{}",
+    only: Annotated[str, typer.Option(help="`llava` or `clip`; empty: both.")] = "",
+    threads: Threads = 1,
 ) -> None:
-    """Train the tiny LLaVA from nothing, or from the last checkpoint."""
+    """Train the tiny CLIP and the tiny LLaVA from nothing, or from their last checkpoints."""
     torch.set_num_threads(threads)
-    trainer = Trainer(dataclasses.replace(Plan(), **json.loads(plan)))
+    if only != "llava":
+        eyes.train(out / "clip", work / "clip", progress=bar)
+    if only != "clip":
+        train_llava(out / "llava", work / "llava", dataclasses.replace(Plan(), **json.loads(plan)))
+
+
+def train_llava(out: Path, work: Path, plan: Plan) -> None:
+    """Train to the end of the plan; the checkpoint is deleted when the model is written."""
+    trainer = Trainer(plan)
     if (work / "checkpoint.safetensors").is_file():
         trainer.restore(work)
-    for _ in tqdm(range(trainer.done, trainer.total), unit="step", disable=None):
+    for _ in bar(range(trainer.done, trainer.total)):
         trainer.step()
-        if trainer.done % trainer.plan.checkpoint_steps == 0:
+        if trainer.done % plan.checkpoint_steps == 0:
             trainer.save(work)
     trainer.write(out)
     shutil.rmtree(work, ignore_errors=True)
+
+
+@app.command()
+def corpus(
+    out: Annotated[Path, typer.Argument(help="Folder for images, stimuli.tsv and concepts.tsv.")],
+    n: Annotated[int, typer.Option(help="Pictures.")] = 4_000,
+    seed: Annotated[int, typer.Option(help="Another seed draws other pictures.")] = 7,
+) -> None:
+    """Write captioned pictures and the table of concepts, as recipes of kind `table` read them."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    rows = [("image", "caption", "key")]
+    for image, item, key in scenes.corpus(n, seed):
+        image.save(out / "images" / f"{key}.png")
+        rows.append((f"images/{key}.png", item.text, key))
+    concepts = [tuple(scenes.concepts()[0]), *(tuple(row.values()) for row in scenes.concepts())]
+    for name, table in (("stimuli", rows), ("concepts", concepts)):
+        text = "".join("\t".join(row) + "\n" for row in table)
+        write_atomic(out / f"{name}.tsv", text)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Folder of a LLaVA.")] = WEIGHTS / "llava",
+    n: Annotated[int, typer.Option(help="Items of each suite.")] = 200,
+    seed: Annotated[int, typer.Option(help="Another seed draws other items.")] = 0,
+    split: Annotated[str, typer.Option(help="`validation` or `test`.")] = "validation",
+    threads: Threads = 1,
+) -> None:
+    """Ask a model the world's questions, without steering, and print how it does."""
+    from builders.mllm import load_mllm
+
+    torch.set_num_threads(threads)
+    loaded, processor = load_mllm(str(model))
+    print(canonical_json(judge.evaluate(loaded, Batcher(processor), n, seed, split)), end="")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ class Sizes:
 def sentences(n: int = 4_000) -> list[str]:
     """What the tokenizer is trained on: the world's texts and answers, all its words, the chat's own."""
     items = [item for index in range(n) for item in scenes.training_turns(-1, index)]
-    words = [*scenes.SYNSETS, *scenes.CUES_B, *scenes.NUMBERS, "user", "assistant"] * 20
+    names = [row["concept"] for row in scenes.concepts()]
+    words = [*names, *scenes.CUES_B, *scenes.NUMBERS, "user", "assistant"] * 20
     spaced = [f" {word}" for word in words]
     return [text for item in items for text in (item.text, item.answer)] + words + spaced
 

@@ -24,6 +24,9 @@ WEIGHT_DECAY = 0.05
 WARM_UP = 100
 """Steps of either phase over which the learning rate rises linearly; then it falls to zero as a cosine."""
 
+OBJECT_WEIGHT = 3
+"""Weight of telling objects, which is far harder than the other sights."""
+
 SIGNS = ("", *scenes.CUES_A, *scenes.CUES_B)
 
 SIGHTS: dict[str, tuple[str | int, ...]] = {
@@ -44,16 +47,16 @@ class Plan:
 
     sizes: models.Sizes = field(default_factory=models.Sizes)
     seed: int = 0
-    sight_steps: int = 1_200
+    sight_steps: int = 1_600
     sight_batch: int = 64
-    sight_rate: float = 1e-3
-    look_steps: int = 700
+    sight_rate: float = 4e-3
+    look_steps: int = 800
     """The first steps on answers, which are to questions alone."""
     look_batch: int = 24
-    steps: int = 4_000
+    steps: int = 2_400
     """Steps on answers in all."""
     batch: int = 48
-    rate: float = 1.5e-3
+    rate: float = 2e-3
     log_steps: int = 50
     """The log holds means over this many steps."""
     checkpoint_steps: int = 200
@@ -144,7 +147,8 @@ class Trainer:
         loss = torch.zeros(())
         for column, (name, head) in zip(known.T, self.heads.items(), strict=True):
             logits = head(seen)
-            loss = loss + functional.cross_entropy(logits, column)
+            weight = OBJECT_WEIGHT if name == "object" else 1
+            loss = loss + weight * functional.cross_entropy(logits, column)
             self._note(name, (logits.argmax(-1) == column).float().tolist())
         return loss
 
