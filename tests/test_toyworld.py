@@ -1,4 +1,4 @@
-"""The toy world keeps its rules: one score, hidden cue words, exact judging, resumed training, weights that load."""
+"""The toy world keeps its rules: one score, hidden cue words, exact judging, a training that resumes."""
 
 import dataclasses
 import json
