@@ -98,8 +98,9 @@ class ModelFacts:
         if self.id and found.id:
             # transformers does not say which commit it loaded: no cause for alarm, but not confirmed either
             return None if _COMMIT.fullmatch(found.revision) else f"revision of {found.id} not known"
-        expected, got = self.id or "one without a Hub id", found.id or "one without a Hub id"
-        note = f"base model not confirmed: expected {expected}, got {got}"
+        expected = f"expected {self.id}" if self.id else "the artefact names none"
+        got = f"got {found.id}" if found.id else "the model at hand has no Hub id"
+        note = f"base model not confirmed beyond type and shape: {expected}, {got}"
         if not base_model_ok:
             warnings.warn(f"{note}; base_model_ok=True silences this", UserWarning, stacklevel=4)
         return note

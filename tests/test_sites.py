@@ -227,7 +227,7 @@ def test_another_origin_needs_an_override(change: dict[str, Any], message: str, 
 
 def test_an_unknown_origin_warns(named: nn.Module, tmp_path: Any) -> None:
     named.config._name_or_path = str(tmp_path)
-    with pytest.warns(UserWarning, match="base model not confirmed: expected org/base"):
+    with pytest.warns(UserWarning, match="base model not confirmed beyond type and shape: expected org/base"):
         note = FACTS.check(named)
     assert note is not None
     with warnings.catch_warnings():
