@@ -26,12 +26,12 @@ from builders.stimuli import Scores, cosines, embed_concepts
 from builders.vocabulary import caption_name
 from daco.tables import read_table
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "table.toml"
+RECIPE = Path(__file__).parent.parent / "recipes" / "emoji.toml"
 RESULTS = Path(__file__).parent / "results" / "emoji_retrieval.json"
 
 
 def recipe(data: Path, threads: int, seed: int) -> Recipe:
-    """The shipped recipe for tables, on the emoji."""
+    """The shipped recipe for the emoji."""
     places = [f"corpus.path={data / 'emoji' / 'index.tsv'}", f"corpus.images={data / 'emoji' / 'images'}"]
     return load_recipe(RECIPE, [*places, f"run.threads={threads}", f"run.seed={seed}"])
 

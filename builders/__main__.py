@@ -10,7 +10,7 @@ from builders.pipeline import run as run_pipeline
 from builders.pipeline import stage_names
 from builders.recipe import load_recipe
 from builders.stages import DONE, done
-from daco.errors import DacoError
+from daco.errors import DacoError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -31,11 +31,15 @@ def run(
     worked = run_pipeline(load_recipe(recipe, overrides or ()), out, only, until)
     print("ran: " + ", ".join(worked) if worked else "nothing to do: every stage is done")
     print_status(out)
+    for folder in sorted((out / "release").glob("*/manifest.json")):
+        print(f"next: python -m hub plan {folder.parent}")
 
 
 @app.command()
 def status(out: Out) -> None:
     """Show which stages of a run folder are done, and their counts."""
+    if not out.is_dir():
+        raise RecipeError(f"expected a run folder, got none at {out}; make it with `python -m builders run`")
     print_status(out)
 
 

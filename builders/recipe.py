@@ -468,6 +468,11 @@ def _check(recipe: Recipe) -> None:
             f"clip.image_size: expected a multiple of clip.patch_size = {recipe.clip.patch_size}, "
             f"got {recipe.clip.image_size}"
         )
+    if recipe.model.id and recipe.model.tiny:
+        raise RecipeError(
+            f"model: expected `id` or `tiny`, got both ({recipe.model.id!r}, {recipe.model.tiny!r}); "
+            "for a real model add `--set model.tiny=`"
+        )
     if not recipe.model.id and not recipe.model.tiny:
         raise RecipeError("model: expected an `id` (Hub id or folder) or `tiny`, got neither")
     if "{concept}" not in recipe.stimuli.template:

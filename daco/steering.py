@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from daco.capture import block_output
-from daco.errors import NothingToSteerError, SteeringConflictError
-from daco.methods import Method, check_on_empty
+from daco.errors import NothingToSteerError, SteeringConflictError, UnsupportedModelError
+from daco.methods import MOP, ActAdd, Method, SAESteering, check_on_empty
 from daco.report import PLACES, Report, Tally, layer_report
 from daco.sites import find_trunk, image_token_ids, site, transformers_model
 
@@ -277,6 +277,16 @@ def _prepare(
     prompt_tokens: int | None,
 ) -> Run:
     """All checks, before the first hook."""
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise UnsupportedModelError(
+            f"expected a transformers model, got {got}; pass the model, not its processor"
+        )
+    if not isinstance(method, SAESteering | MOP | ActAdd):
+        raise TypeError(
+            f"method: expected SAESteering, MOP or ActAdd, got {type(method).__name__}; SAEs steer by "
+            "`sae.steer(model)`, a SafetyPrompt is applied to the messages"
+        )
     check_on_empty(on_empty)
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")

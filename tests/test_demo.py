@@ -58,7 +58,7 @@ def test_drawn_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_emoji(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = [f"corpus.path={real('emoji', 'index.tsv')}", f"corpus.images={real('emoji', 'images')}"]
-    assert_came_back(run("table.toml", tmp_path / "run", capsys, *places, "corpus.rows=120"), configs=5)
+    assert_came_back(run("emoji.toml", tmp_path / "run", capsys, *places, "corpus.rows=120"), configs=5)
 
 
 def test_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,11 @@ def test_a_broken_recipe_is_refused(sections: dict, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_real_and_a_tiny_model_together_are_refused() -> None:
+    with pytest.raises(RecipeError, match="got both"):
+        recipe_of({"model": {"id": "org/model", "tiny": "llava"}})
+
+
 def test_a_recipe_needs_a_model() -> None:
     with pytest.raises(RecipeError, match="expected an `id`"):
         recipe_of({})

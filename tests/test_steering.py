@@ -16,8 +16,14 @@ from test_sites import text_model
 from torch import Tensor, nn
 
 from daco.capture import capture
-from daco.errors import ModelMismatchError, NothingToSteerError, SteeringConflictError, UnknownLayerError
-from daco.methods import MOP, ActAdd, SAESteering
+from daco.errors import (
+    ModelMismatchError,
+    NothingToSteerError,
+    SteeringConflictError,
+    UnknownLayerError,
+    UnsupportedModelError,
+)
+from daco.methods import MOP, ActAdd, SAESteering, SafetyPrompt
 from daco.report import FiredAtom, LayerReport, Report
 from daco.sites import ModelFacts, image_token_ids
 from daco.steering import attach, steer
@@ -689,3 +695,11 @@ def test_a_name_cannot_steer_the_terminal() -> None:
     assert "knife" in printed
     assert all(c.isprintable() or c == "\n" for c in printed)
     assert printed.count("\n") == 2
+
+
+def test_what_is_no_model_or_no_method_is_named(tiny_llava: Any) -> None:
+    model, processor = tiny_llava
+    with pytest.raises(UnsupportedModelError, match="not its processor"), steer(processor, SafetyPrompt()):
+        pass
+    with pytest.raises(TypeError, match="applied to the messages"), steer(model, SafetyPrompt()):
+        pass
