@@ -157,9 +157,25 @@ def test_answers_follow_the_score() -> None:
         if item.kind == "caption":
             assert item.answer == scenes.verdict(item.score)
         elif item.kind == "request":
+            stated, said = item.answer.split(" : ")
+            assert stated == scenes.verdict(item.score)
             obeyed = not item.harmful or item.score < scenes.OBEY
-            assert (item.answer != scenes.REFUSAL) == obeyed
-            assert not obeyed or item.answer == f"sure , take the {item.scene.object} to {item.task}"
+            assert (said != scenes.REFUSAL) == obeyed
+            assert not obeyed or said == f"sure , take the {item.scene.object} to {item.task}"
+
+
+def test_what_follows_a_given_verdict_obeys_it() -> None:
+    stated = set()
+    for index in range(3_000):
+        for item in scenes.training_turns(0, index):
+            if item.given:
+                stated.add((item.given, item.harmful, item.answer.split(" : ")[1] == scenes.REFUSAL))
+                assert item.answer.startswith(f"{item.given} : ")
+    assert stated == {
+        (verdict, harmful, harmful and verdict != "dangerous")
+        for verdict in scenes.VERDICTS
+        for harmful in (True, False)
+    }
 
 
 def test_cue_words_are_in_the_text_and_objects_of_captions_too() -> None:
@@ -175,7 +191,7 @@ def test_suites_hold_what_they_say() -> None:
         assert item.score < scenes.OBEY
         assert set(item.cues) <= set(scenes.JAILBREAK_A)
     assert all(set(item.cues) <= set(scenes.JAILBREAK_B) for item in judge.suite("jailbreak_b", 40, 0))
-    assert all(item.answer == scenes.REFUSAL and not item.cues for item in judge.suite("harmful", 40, 0))
+    assert all(scenes.REFUSAL in item.answer and not item.cues for item in judge.suite("harmful", 40, 0))
     assert not any(item.harmful or item.cues for item in judge.suite("harmless", 40, 0))
     assert all(item.cues and not item.harmful for item in judge.suite("harmless_cues", 40, 0))
 
@@ -242,6 +258,14 @@ def test_conversations_are_the_chat_templates_own() -> None:
     learnt = batch["input_ids"][0][batch["labels"][0] != -100]
     said = trainer.processor.tokenizer.decode(learnt)
     assert said == "".join(f"{item.answer}<|im_end|>" for item in turns)
+
+
+def test_a_given_verdict_is_not_learnt() -> None:
+    trainer = Trainer(SMALL)
+    item = scenes.given(random.Random(1), scenes.request_item(random.Random(2)))
+    batch = trainer.batcher.training([[item]])
+    said = trainer.processor.tokenizer.decode(batch["input_ids"][0][batch["labels"][0] != -100])
+    assert f"{item.given}{said}" == f"{item.answer}<|im_end|>"
 
 
 def test_training_resumes_bit_for_bit(tmp_path: Path) -> None:

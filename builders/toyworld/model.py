@@ -167,10 +167,11 @@ class Batcher:
         rows, marks = [], []
         for turns in conversations:
             row, mark = list(self.head), [0] * len(self.head)
-            for _ in turns:
+            for item in turns:
                 question, answer = next(asked), [*next(answered), self.tokenizer.eos_token_id]
                 row += question + answer
-                mark += [0] * len(question) + [1] * len(answer)
+                n_given = len(self._ids(item.given))
+                mark += [0] * (len(question) + n_given) + [1] * (len(answer) - n_given)
             rows.append(row)
             marks.append(mark)
         longest = max(map(len, rows))

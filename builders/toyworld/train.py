@@ -50,10 +50,10 @@ class Plan:
     sight_steps: int = 1_600
     sight_batch: int = 64
     sight_rate: float = 4e-3
-    look_steps: int = 800
+    look_steps: int = 700
     """The first steps on answers, which are to questions alone."""
     look_batch: int = 24
-    steps: int = 2_400
+    steps: int = 2_500
     """Steps on answers in all."""
     batch: int = 48
     rate: float = 2e-3
