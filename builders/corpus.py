@@ -1,6 +1,6 @@
 """Stage `corpus`: reads caption-image pairs from any source, checks every one, and gives it its id.
 
-Reads a folder, a table, a COCO captions file, a `datasets` data set or the drawn world; writes
+Reads a folder, a table, a COCO captions file, a `datasets` data set or the toy world; writes
 `stimuli.parquet` (one row a usable unique pair), `source.json` (licence facts) and, where the source has no
 image files, `images/`.
 """
@@ -26,7 +26,7 @@ from PIL import Image
 
 from builders.recipe import CorpusConfig
 from builders.stages import Work, summed_counts
-from builders.toyworld.world import draw
+from builders.toyworld import scenes
 from daco.errors import CorpusError
 from daco.manifest import canonical_json, write_atomic
 from daco.tables import STIMULI, read_table, table_of, write_table
@@ -244,10 +244,10 @@ def _bytes_of(value: Any) -> bytes:
     return png_bytes(value) if isinstance(value, Image.Image) else bytes(value)
 
 
-def read_drawn(n: int, seed: int) -> Iterator[Candidate]:
-    """`n` pairs of the drawn world."""
-    for image, caption, key in draw(n, seed):
-        yield Pair(key, caption, partial(png_bytes, image))
+def read_toyworld(n: int, seed: int) -> Iterator[Candidate]:
+    """`n` pairs of the toy world."""
+    for image, item, key in scenes.corpus(n, seed):
+        yield Pair(key, item.text, partial(png_bytes, image))
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -277,7 +277,7 @@ def read_pairs(config: CorpusConfig, seed: int = 0) -> Iterator[Candidate]:
     elif config.kind == "dataset":
         found = read_dataset(config)
     else:
-        found = read_drawn(config.rows or 1000, seed)
+        found = read_toyworld(config.rows or 1000, seed)
     return itertools.islice(found, config.rows) if config.rows else found
 
 
@@ -290,7 +290,7 @@ def source_name(config: CorpusConfig) -> str:
         return config.name
     if config.kind == "dataset":
         return config.path
-    return "drawn" if config.kind == "drawn" else Path(config.path).resolve().stem
+    return "toyworld" if config.kind == "toyworld" else Path(config.path).resolve().stem
 
 
 def images_root(config: CorpusConfig) -> Path:

@@ -34,7 +34,7 @@ class CorpusConfig:
 
     kind: str = "folder"
     """`folder` (image.ext + image.txt), `table` (TSV, CSV or parquet), `coco` (captions JSON), `dataset`
-    (a `datasets` data set) or `drawn` (procedural)."""
+    (a `datasets` data set) or `toyworld` (drawn)."""
     path: str = ""
     """Folder, file or data set id, by kind."""
     images: str = ""
@@ -54,7 +54,7 @@ class CorpusConfig:
     split: str = "train"
     """Split of a `datasets` data set."""
     rows: int = 0
-    """Read at most this many pairs (drawn: draw this many); 0 = all."""
+    """Read at most this many pairs (toyworld: draw this many); 0 = all."""
     name: str = ""
     """Name of the source in the release."""
     revision: str = ""
@@ -449,7 +449,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.sae.n_atoms:
         check_k(recipe.sae, recipe.sae.n_atoms)
     choices = {
-        "corpus.kind": (recipe.corpus.kind, ("folder", "table", "coco", "dataset", "drawn")),
+        "corpus.kind": (recipe.corpus.kind, ("folder", "table", "coco", "dataset", "toyworld")),
         "concepts.source": (recipe.concepts.source, ("captions", "table")),
         "model.dtype": (recipe.model.dtype, ("float32", "bfloat16", "float16")),
         "model.tiny": (recipe.model.tiny, ("", "llava", "qwen2_5_vl", "internvl")),

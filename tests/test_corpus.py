@@ -189,9 +189,9 @@ def test_a_data_set_is_streamed_and_its_images_are_kept_as_they_were(tmp_path: P
         run_corpus(tmp_path / "run2", tmp_path, **fields, caption_columns=["caption", "text"])
 
 
-def test_drawn_pairs_are_stored_and_a_smaller_corpus_is_its_beginning(tmp_path: Path) -> None:
-    rows, _ = run_corpus(tmp_path / "run", tmp_path, kind="drawn", rows=9)
-    fewer, _ = run_corpus(tmp_path / "less", tmp_path, kind="drawn", rows=4)
+def test_toy_world_pairs_are_stored_and_a_smaller_corpus_is_its_beginning(tmp_path: Path) -> None:
+    rows, _ = run_corpus(tmp_path / "run", tmp_path, kind="toyworld", rows=9)
+    fewer, _ = run_corpus(tmp_path / "less", tmp_path, kind="toyworld", rows=4)
     assert rows[:4] == fewer
     assert len(list((tmp_path / "run" / "corpus" / "images").iterdir())) == 9
     assert open_image(tmp_path / "run" / "corpus" / rows[0]["file"]).size == (48, 48)
@@ -201,7 +201,7 @@ def test_images_of_dropped_pairs_do_not_stay(tmp_path: Path, monkeypatch: pytest
     image = corpus.png_bytes(Image.new("RGB", (5, 7)))
     pairs = [Pair(key, "same", lambda: image) for key in ("a", "b", "a")]
     monkeypatch.setattr(corpus, "read_pairs", lambda config, seed: iter(pairs))
-    rows, counts = run_corpus(tmp_path / "run", tmp_path, kind="drawn", name="s")
+    rows, counts = run_corpus(tmp_path / "run", tmp_path, kind="toyworld", name="s")
     assert counts["skipped"] == {"duplicate_id": 1, "duplicate_pair": 1}
     assert [p.name for p in (tmp_path / "run" / "corpus" / "images").iterdir()] == [
         Path(rows[0]["file"]).name

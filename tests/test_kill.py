@@ -23,7 +23,7 @@ KILLS = 3
 
 SECTIONS = {
     "run": {"name": "kill", "seed": 5, "threads": 1},
-    "corpus": {"kind": "drawn", "rows": 60, "name": "drawn", "licence": "cc0-1.0", "shard_rows": 12,
+    "corpus": {"kind": "toyworld", "rows": 60, "name": "toyworld", "licence": "cc0-1.0", "shard_rows": 12,
                "redistribute_images": True},
     "concepts": {"source": "captions", "min_count": 3, "max_concepts": 30},
     "clip": {"steps": 12, "batch": 16, "hidden": 32, "n_layers": 1, "vocabulary": 300, "image_size": 32,

@@ -1,1 +1,1 @@
-"""The toy world: a procedurally drawn corpus, small enough to build everything from on a laptop."""
+"""The toy world: drawn pictures, a tiny CLIP and a tiny LLaVA trained on them, and the comparison of methods."""

@@ -1,11 +1,9 @@
-"""The drawn corpus: simple icons in a colour, at a size, in a place, with a caption that says so.
+"""What the toy world's pictures are drawn from: icons, colours, places; and the phrasings of captions.
 
-Reads and writes nothing. Every picture depends on (seed, index) alone: a longer
-corpus starts with a shorter one.
+Reads and writes nothing.
 """
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -288,9 +286,6 @@ PLACES = {
 }
 """Backgrounds: the colours of wall or sky, and of ground."""
 
-SIZES = {"small": 0.66, "big": 0.92}
-"""Sizes as the share of the picture that an object spans."""
-
 TEMPLATES = (
     "a {size} {colour} {object} in the {place}",
     "the {place} with a {size} {colour} {object}",
@@ -300,48 +295,12 @@ TEMPLATES = (
 )
 
 
-def draw(n: int, seed: int) -> Iterator[tuple[Image.Image, str, str]]:
-    """Draw `n` pictures; objects take turns, so that a corpus of any length holds them evenly.
-
-    Args:
-        n: Number of pictures.
-        seed: With the index, what a picture depends on.
-
-    Yields:
-        A picture (RGB, `SIDE` x `SIDE`), its caption and its key, `<seed>-<index>`.
-    """
-    names = list(ICONS)
-    for index in range(n):
-        rng = random.Random(f"{seed}-{index}")
-        facts = {
-            "object": names[index % len(names)],
-            "colour": rng.choice(list(COLOURS)),
-            "place": rng.choice(list(PLACES)),
-            "size": rng.choice(list(SIZES)),
-        }
-        yield picture(facts, rng), caption(facts, rng), f"{seed}-{index:06d}"
-
-
 def caption(facts: dict[str, str], rng: random.Random) -> str:
     """One of the templates, filled; "an" before a vowel."""
     text = f" {rng.choice(TEMPLATES)} ".format(**facts)
     for vowel in "aeiou":
         text = text.replace(f" a {vowel}", f" an {vowel}")
     return text.strip()
-
-
-def picture(facts: dict[str, str], rng: random.Random) -> Image.Image:
-    """An object in its place: a little turned, a little off the middle."""
-    full = SIDE * SMOOTH
-    image = background(facts["place"], rng)
-    span = round(full * SIZES[facts["size"]] * rng.uniform(0.95, 1.05))
-    thing = icon(facts["object"], COLOURS[facts["colour"]], span)
-    thing = thing.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
-    room = full - span
-    corner = (round(room * rng.uniform(0.3, 0.7)), round(room * rng.uniform(0.4, 0.8)))
-    shift = (thing.width - span) // 2
-    image.paste(thing, (corner[0] - shift, corner[1] - shift), thing)
-    return image.reduce(SMOOTH)
 
 
 def background(place: str, rng: random.Random) -> Image.Image:
@@ -400,22 +359,3 @@ def _paint(fill: Any, colour: tuple[int, int, int]) -> tuple[int, ...]:
     if isinstance(fill, tuple):
         return fill
     return colour if fill.startswith(SELF) else PAINT[fill]
-
-
-def contact_sheet(columns: int = 8, scale: int = 2) -> Image.Image:
-    """Every object once, big, to look at."""
-    names = list(ICONS)
-    side = SIDE * scale
-    rows = -(-len(names) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * side))
-    for i, name in enumerate(names):
-        rng = random.Random(name)
-        facts = {
-            "object": name,
-            "colour": list(COLOURS)[i % len(COLOURS)],
-            "place": list(PLACES)[i % len(PLACES)],
-            "size": "big",
-        }
-        tile = picture(facts, rng).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(tile, (i % columns * side, i // columns * side))
-    return sheet
