@@ -194,7 +194,7 @@ def test_toy_world_pairs_are_stored_and_a_smaller_corpus_is_its_beginning(tmp_pa
     fewer, _ = run_corpus(tmp_path / "less", tmp_path, kind="toyworld", rows=4)
     assert rows[:4] == fewer
     assert len(list((tmp_path / "run" / "corpus" / "images").iterdir())) == 9
-    assert open_image(tmp_path / "run" / "corpus" / rows[0]["file"]).size == (48, 48)
+    assert open_image(tmp_path / "run" / "corpus" / rows[0]["file"]).size == (64, 64)
 
 
 def test_images_of_dropped_pairs_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""The toy world: drawn pictures, a tiny CLIP and a tiny LLaVA trained on them, and the comparison of methods."""
+"""The toy world: drawn pictures, a tiny CLIP and a tiny LLaVA trained on them, methods compared."""
