@@ -2,7 +2,7 @@
 
 from daco.dictionary import ConceptDictionary
 from daco.manifest import FORMAT_VERSION
-from daco.methods import MOP, ActAdd, SAESteering, SafetyPrompt
+from daco.methods import MOP, ActAdd, Projection, SAESteering, SafetyPrompt
 from daco.sae import SAE, LayerSAE
 from daco.sites import ModelFacts, find_trunk
 from daco.steering import Run, attach, steer
@@ -18,6 +18,7 @@ __all__ = [
     "ConceptDictionary",
     "LayerSAE",
     "ModelFacts",
+    "Projection",
     "Run",
     "SAESteering",
     "SafetyPrompt",

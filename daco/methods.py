@@ -391,6 +391,86 @@ class ActAdd:
         return ""
 
 
+class Projection:
+    """Take the undesirable subspace out: `z <- z - strength B^T B z`, with B an orthonormal basis of it.
+
+    Args:
+        dictionary: Directions, with polarity.
+        strength: Share that is removed; 1 is the orthogonal projection.
+        rank: Rows of B: 1 is the undesirable centroid mu-; more are the leading right singular vectors of the
+            undesirable unit directions.
+        layers: Only these layers; None is all.
+        dtype: Of the basis.
+        on_empty: `raise` where no concept is undesirable, or `pass`.
+
+    Raises:
+        ValueError: `strength` is negative or not finite; `rank` is below 1 or above the number of undesirable
+            concepts.
+        UnknownLayerError: a layer the dictionary does not have.
+        NothingToSteerError: no concept is undesirable, or `strength` is 0.
+
+    Source: directional ablation, arXiv 2406.11717; with rank > 1 arXiv 2310.01405.
+    """
+
+    def __init__(
+        self,
+        dictionary: "ConceptDictionary",
+        strength: float = 1.0,
+        rank: int = 1,
+        layers: Sequence[int] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        on_empty: str = "raise",
+    ) -> None:
+        check_on_empty(on_empty)
+        self.strength, self.rank = _number("strength", strength, 0.0), rank
+        self.layers = _chosen(layers, dictionary.layers)
+        self.base_model = dictionary.model
+        n_undesirable = int(dictionary.mask("undesirable").sum())
+        self.nothing = self._why_nothing(dictionary)
+        _raise_if(self.nothing, on_empty)
+        if n_undesirable and not 1 <= rank <= n_undesirable:
+            raise ValueError(f"rank: expected 1 to {n_undesirable} (undesirable concepts), got {rank!r}")
+        self._weights = {
+            layer: _Placed(basis=undesirable_basis(dictionary, layer, rank, dtype)) for layer in self.layers
+        }
+
+    def __str__(self) -> str:
+        return f"projection, strength {self.strength:g}, rank {self.rank}"
+
+    def is_empty(self, layer: int) -> bool:
+        """Whether there is nothing to take out."""
+        return bool(self.nothing)
+
+    def change(self, layer: int, z: Tensor) -> Change:
+        """What is taken out of activations `[n, d_model]`."""
+        basis = self._weights[layer].on(z.device).basis
+        inside = (z.to(basis.dtype) @ basis.T) @ basis
+        return Change(-self.strength * inside, inside.new_zeros(len(z), 0))
+
+    def atoms(self, layer: int) -> list[int]:
+        """None: nothing is taken apart."""
+        return []
+
+    def names(self, layer: int, atom: int) -> list[str]:
+        """None."""
+        return []
+
+    def shifted(self, layer: int) -> bool:
+        """No: what is taken out depends on the activation."""
+        return False
+
+    def notes(self) -> list[str]:
+        """Why nothing happens."""
+        return _empty_notes(self)
+
+    def _why_nothing(self, dictionary: "ConceptDictionary") -> str:
+        if self.strength == 0:
+            return "strength is 0; pass another, or on_empty='pass' for an exact no-op"
+        empty = not dictionary.mask("undesirable").any()
+        return _no_polarity("undesirable", dictionary) if empty else ""
+
+
 class SafetyPrompt:
     """Steering by words: a system message in front of a conversation.
 
@@ -424,6 +504,16 @@ class SafetyPrompt:
         else:
             copied[0]["content"] = [{"type": "text", "text": f"{self.text}\n\n"}, *content]
         return copied
+
+
+def undesirable_basis(
+    dictionary: "ConceptDictionary", layer: int, rank: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Orthonormal rows `[rank, d_model]`: mu- alone, or the leading undesirable directions."""
+    if rank == 1:
+        return dictionary.centroid(layer, "undesirable").to(dtype)[None]
+    rows = dictionary.unit(layer)[np.flatnonzero(dictionary.mask("undesirable"))]
+    return torch.linalg.svd(rows.double(), full_matrices=False).Vh[:rank].to(dtype)
 
 
 def check_on_empty(on_empty: str) -> None:

@@ -91,6 +91,14 @@ def mop_steer(z, codes, D, polarity, gamma: float = 0.0, R: float = 0.0) -> np.n
     return sae_steer(z, codes, D, polarity, gamma, R)
 
 
+def project(z, D, polarity, rank: int, strength: float) -> np.ndarray:
+    """`z - strength P z`, P the projector on mu- (rank 1) or on the leading undesirable directions."""
+    rows = D[np.array(polarity) == "undesirable"]
+    _, vectors = np.linalg.eigh(rows.T @ rows)
+    basis = centroid(rows)[None] if rank == 1 else vectors[:, -rank:].T
+    return z - strength * z @ (basis.T @ basis)
+
+
 def actadd(z, D, polarity, strength: float, R: float) -> np.ndarray:
     """`z + strength R unit(mu+ - mu-)`."""
     mu = {name: centroid(D[np.array(polarity) == name]) for name in ("desirable", "undesirable")}

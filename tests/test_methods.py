@@ -7,7 +7,7 @@ import small_sae
 import torch
 
 from daco.errors import NothingToSteerError, UnknownLayerError
-from daco.methods import MOP, ActAdd, SAESteering, SafetyPrompt
+from daco.methods import MOP, ActAdd, Projection, SAESteering, SafetyPrompt
 from daco.sae import labels_of, top_k
 from daco.sparse_coding import duality_gap, elastic_net
 
@@ -155,6 +155,28 @@ def test_actadd_equals_its_twin(z: np.ndarray) -> None:
     assert np.isclose(np.linalg.norm(expected - z, axis=1), 0.3 * small_sae.R).all()
 
 
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_projection_equals_its_twin(rank: int, strength: float, z: np.ndarray) -> None:
+    found = small_sae.dictionary()
+    D = naive.unit(found.raw(2).double().numpy())
+    expected = naive.project(z, D, small_sae.POLARITY, rank, strength)
+    change = Projection(found, strength, rank, dtype=torch.float64).change(2, torch.from_numpy(z))
+    np.testing.assert_allclose(z + change.delta.numpy(), expected, atol=1e-5)
+    assert np.linalg.norm(expected - z, axis=1).max() > 0.05 * np.linalg.norm(z, axis=1).max()
+
+
+def test_projection_of_every_undesirable_direction_leaves_none_of_them(z: np.ndarray) -> None:
+    found = small_sae.dictionary()
+    rows = found.unit(1)[np.flatnonzero(found.mask("undesirable"))].double()
+    method = Projection(found, rank=len(rows), dtype=torch.float64)
+    left = torch.from_numpy(z) + method.change(1, torch.from_numpy(z)).delta
+    assert (left @ rows.T).abs().max() < 1e-6
+    for rank in (0, len(rows) + 1):
+        with pytest.raises(ValueError, match=f"rank: expected 1 to {len(rows)}"):
+            Projection(found, rank=rank)
+
+
 def neutral() -> object:
     found = small_sae.dictionary()
     found.concepts["polarity"] = "neutral"
@@ -171,9 +193,12 @@ def test_nothing_labelled_names_eta_and_the_largest_cosine() -> None:
         MOP(neutral())
     with pytest.raises(NothingToSteerError, match="no concept is desirable"):
         ActAdd(neutral())
-    with pytest.raises(NothingToSteerError, match="strength is 0"):
-        ActAdd(small_sae.dictionary(), 0.0)
-    for method in (MOP(neutral(), on_empty="pass"), ActAdd(neutral(), on_empty="pass")):
+    with pytest.raises(NothingToSteerError, match="no concept is undesirable"):
+        Projection(neutral())
+    for kind in (ActAdd, Projection):
+        with pytest.raises(NothingToSteerError, match="strength is 0"):
+            kind(small_sae.dictionary(), 0.0)
+    for method in (kind(neutral(), on_empty="pass") for kind in (MOP, ActAdd, Projection)):
         assert method.is_empty(1)
         assert method.nothing
 
