@@ -1,8 +1,8 @@
 """Rates and paired differences with bootstrap intervals; reads and writes nothing.
 
 Outcomes are a matrix, one row a run (another seed, another draw), one column an item; the columns of two
-methods are the same items. Items and runs are drawn with replacement, both together, so that an interval holds
-for other items *and* for other seeds.
+methods are the same items. Items and runs are drawn with replacement, both together, so that an interval
+holds for other items *and* for other seeds.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ def interval(outcomes: np.ndarray, seed: int = 0) -> Interval:
 def paired(outcomes: np.ndarray, against: np.ndarray, seed: int = 0) -> Interval:
     """Mean difference to the same items under another method, `[runs, items]` each.
 
-    Where one of the two has a single run (no steering has no seeds), it stands against every run of the other.
+    Where one of the two has a single run (no steering has no seeds), it stands against every run.
 
     Raises:
         ValueError: the items differ in number.
