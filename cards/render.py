@@ -1,8 +1,10 @@
 """Renders the card of a release folder: facts through escaping filters into a template, metadata as YAML."""
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -15,8 +17,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 def render(folder: Path) -> str:
     """The text of README.md for a release folder (see `cards.facts.card_facts` for what it raises)."""
     facts = card_facts(folder)
+    return fill(f"{facts['kind']}.md.jinja", facts)
+
+
+def fill(template: str, facts: Mapping[str, Any]) -> str:
+    """A card from a template of this room; `facts["metadata"]` becomes its front matter."""
     front_matter = f"---\n{escape.yaml_metadata(facts['metadata'])}---\n"
-    text = _environment().get_template(f"{facts['kind']}.md.jinja").render(facts)
+    text = _environment().get_template(template).render(facts)
     return front_matter + "\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -129,13 +129,20 @@ def publish(folder: Path, target: Target, *, private: bool | None = None) -> Pub
     if refusals := check_release(folder):
         raise RefusedError(_listed(f"{folder.name} is not published", refusals))
     release = Release.of(folder)
+    published = send(release, target, private=private)
+    commit = verify(target, release.tag, (folder / MANIFEST).read_bytes())
+    return replace(published, commit=commit)
+
+
+def send(release: Release, target: Target, *, private: bool | None = None) -> Published:
+    """Bring files to a repo as one commit with one tag, or see that the tag holds them; see `publish`.
+
+    It ends when the Hub lists every file at the tag with the hash of the one here.
+    """
     work = _Work(release, target, private)
     work.finish()
-    commit = verify(target, release.tag, (folder / MANIFEST).read_bytes())
-    url = f"{target.url}/tree/{release.tag}"
-    return Published(
-        target.repo_id, target.repo_type, release.tag, commit, url, work.committed, work.bytes_sent
-    )
+    repo, url = (target.repo_id, target.repo_type), f"{target.url}/tree/{release.tag}"
+    return Published(*repo, release.tag, work.tagged, url, work.committed, work.bytes_sent)
 
 
 class _Work:
@@ -144,6 +151,7 @@ class _Work:
     def __init__(self, release: Release, target: Target, private: bool | None) -> None:
         self.release, self.target, self.private = release, target, private
         self.committed, self.bytes_sent = False, 0
+        self.tagged = ""  # the commit behind the tag, once there is one
         self.additions: dict[str, CommitOperationAdd] = {}
 
     def finish(self) -> None:
@@ -173,6 +181,7 @@ class _Work:
             RefusedError: the plan refuses for another reason.
         """
         remote = self.target.look(self.release.tag)
+        self.tagged = remote.tags.get(self.release.tag, "")
         plan = self.release.plan(self.target, remote)
         if plan.refusals:
             moved = remote.tag_files is not None and not plan.tagged
