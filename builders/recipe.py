@@ -251,6 +251,8 @@ class ReleaseConfig:
     """Licence of the release itself (concepts, links, directions, SAE)."""
     contact: str = ""
     """Where to ask for removals."""
+    example: str = ""
+    """What the model card asks about `example.png` of the base model's repo; empty: a text, no picture."""
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,7 @@ def _model(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) 
     return {
         "base": base,
         "base_on_hub": is_hub_id(base["id"]),
+        "example": one_line(_release(manifest).get("example", "")),
         "dictionary": {key: config.get("dictionary", {}).get(key) for key in ("dataset", "tag")},
         "activation": config.get("activation", ""),
         "start": manifest["recipe"].get("sae", {}).get("start", ""),
