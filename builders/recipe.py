@@ -188,15 +188,41 @@ class SaeConfig:
     """Training of the SAEs, one a layer."""
 
     activation: str = "topk"
-    """`topk` or `relu` (with an L1 penalty)."""
+    """`topk`, `batchtopk` (released as a JumpReLU), `relu` (with an L1 penalty) or `jumprelu` (with an L0
+    penalty)."""
     n_atoms: int = 0
     """Atoms; 0: as many as concepts, rounded up to a multiple of 8."""
     k: int = 32
-    """Active atoms of TopK."""
+    """Active atoms of TopK; of BatchTopK on average."""
     l1: float = 1e-3
-    """lambda of the L1 penalty."""
+    """lambda of ReLU's L1 penalty."""
+    l0: float = 1e-2
+    """lambda of JumpReLU's L0 penalty, a price for each active atom."""
+    warm_up: float = 0.05
+    """Share of the steps over which lambda rises linearly from zero."""
+    threshold: float = 0.1
+    """Threshold that JumpReLU starts with, in units of the activations' scale."""
+    bandwidth: float = 0.1
+    """Width over which JumpReLU's thresholds feel a gradient, in the same units."""
     start: str = "dictionary"
     """`dictionary` or `random` start of the decoder."""
+    rest: str = "random"
+    """Rows beyond the dictionary: `random`, or `pca`, both directions of the principal components of what the
+    dictionary leaves over, then random."""
+    encoder_scale: str = "one"
+    """`one`: the encoder starts as the decoder's transpose; `fit`: as the multiple of it that reconstructs
+    the first batch best, so that FVE never starts below zero."""
+    b_dec: str = "mean"
+    """Start of b_dec: `mean` or (geometric) `median` of the activations."""
+    aux_k: int = 0
+    """Dead atoms a token that model what the live ones leave over (AuxK); 0 = off."""
+    aux_weight: float = 0.03125
+    """Weight of that loss."""
+    dead_tokens: int = 100_000
+    """An atom that did not fire for so many tokens is dead."""
+    select: str = "auto"
+    """dtype in which TopK and BatchTopK select atoms: `auto`, `float32`, `bfloat16` or `int8`; the values of
+    the selected are float32 always. `auto` takes what the machine is quickest in."""
     steps: int = 500
     """Training steps."""
     batch: int = 512
@@ -380,12 +406,12 @@ def _override(sections: dict[str, Any], text: str) -> None:
 
 
 _AT_LEAST = {
-    0: "run.seed corpus.rows sae.n_atoms activations.tokens_per_stimulus sae.eval_tokens",
+    0: "run.seed corpus.rows sae.n_atoms activations.tokens_per_stimulus sae.eval_tokens sae.aux_k",
     1: "run.threads corpus.shard_rows concepts.min_count concepts.max_concepts clip.steps clip.batch "
     "clip.image_size clip.patch_size clip.hidden clip.n_layers embeddings.batch embeddings.shard_rows "
     "stimuli.n_positive stimuli.min_positive stimuli.block activations.batch activations.shard_rows "
     "clip.checkpoint_steps sae.steps sae.batch sae.eval_steps sae.checkpoint_steps atoms.n_nearest "
-    "evaluate.items evaluate.batch",
+    "evaluate.items evaluate.batch sae.dead_tokens",
     2: "stimuli.pool",
 }
 """Fields of whole numbers, by the least they may be."""
@@ -396,6 +422,11 @@ _RANGES = {
     "activations.max_norm": (1.0, math.inf),
     "sae.learning_rate": (0.0, 1.0),
     "sae.l1": (0.0, math.inf),
+    "sae.l0": (0.0, math.inf),
+    "sae.warm_up": (0.0, 1.0),
+    "sae.threshold": (1e-6, math.inf),
+    "sae.bandwidth": (1e-6, math.inf),
+    "sae.aux_weight": (0.0, math.inf),
     "sae.holdout": (0.0, 1.0),
     "atoms.eta": (0.0, 1.0),
     "evaluate.gamma": (0.0, math.inf),
@@ -433,7 +464,7 @@ def check_k(config: SaeConfig, n_atoms: int) -> None:
     Raises:
         RecipeError: k is below 1 or above the number of atoms.
     """
-    if config.activation == "topk" and not 0 < config.k <= n_atoms:
+    if config.activation in ("topk", "batchtopk") and not 0 < config.k <= n_atoms:
         raise RecipeError(
             f"sae.k: expected 1 to n_atoms = {n_atoms}, got {config.k}; lower k or raise n_atoms"
         )
@@ -456,7 +487,11 @@ def _check(recipe: Recipe) -> None:
         "model.dtype": (recipe.model.dtype, ("float32", "bfloat16", "float16")),
         "model.tiny": (recipe.model.tiny, ("", "llava", "qwen2_5_vl", "internvl")),
         "activations.reading": (recipe.activations.reading, ("last", "caption_last", "caption_mean")),
-        "sae.activation": (recipe.sae.activation, ("topk", "relu")),
+        "sae.activation": (recipe.sae.activation, ("topk", "batchtopk", "relu", "jumprelu")),
+        "sae.rest": (recipe.sae.rest, ("random", "pca")),
+        "sae.encoder_scale": (recipe.sae.encoder_scale, ("one", "fit")),
+        "sae.b_dec": (recipe.sae.b_dec, ("mean", "median")),
+        "sae.select": (recipe.sae.select, ("auto", "float32", "bfloat16", "int8")),
         "sae.start": (recipe.sae.start, ("dictionary", "random")),
     }
     for where, (value, allowed) in choices.items():
