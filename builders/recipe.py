@@ -137,8 +137,22 @@ class StimuliConfig:
     """A concept with fewer is dropped and counted."""
     pool: int = 65_536
     """Stimuli in the seeded pool of negatives."""
+    max_uses: int = 0
+    """Concepts that one stimulus may be a positive of, its closest ones; 0 = any number."""
+    duplicate_image: float = 0.0
+    """A positive whose image has this cosine with a closer one's is dropped and counted; 0 = none is."""
+    duplicate_caption: float = 0.0
+    """Likewise for captions."""
+    spare: int = 37
+    """Stimuli retrieved beyond `n_positive` where `max_uses` or a `duplicate_*` may drop some."""
     block: int = 256
-    """Concepts a shard."""
+    """Concepts a shard; each shard passes over the corpus once, so a large corpus wants many."""
+    dtype: str = "float32"
+    """`float32` or `bfloat16` proposals; float64 decides, so the result is the same."""
+    device: str = "cpu"
+    """Where proposals are computed: `cpu` or `cuda`."""
+    memory: int = 1_536
+    """MiB of working memory beside the embeddings, at most."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,8 @@ class ModelConfig:
     """Hub id or folder of an image-text-to-text model."""
     revision: str = ""
     """Its revision."""
+    published: str = ""
+    """Where a model of a folder is published, as `repo@revision`: what releases name as their base."""
     name: str = ""
     """Short name in config and repo names, e.g. `qwen2_5_vl_7b`."""
     tiny: str = ""
@@ -406,11 +422,13 @@ def _override(sections: dict[str, Any], text: str) -> None:
 
 
 _AT_LEAST = {
-    0: "run.seed corpus.rows sae.n_atoms activations.tokens_per_stimulus sae.eval_tokens sae.aux_k",
+    0: "run.seed corpus.rows sae.n_atoms activations.tokens_per_stimulus sae.eval_tokens sae.aux_k "
+    "stimuli.max_uses stimuli.spare",
     1: "run.threads corpus.shard_rows concepts.min_count concepts.max_concepts clip.steps clip.batch "
     "clip.image_size clip.patch_size clip.hidden clip.n_layers embeddings.batch embeddings.shard_rows "
-    "stimuli.n_positive stimuli.min_positive stimuli.block activations.batch activations.shard_rows "
-    "clip.checkpoint_steps sae.steps sae.batch sae.eval_steps sae.checkpoint_steps atoms.n_nearest "
+    "stimuli.n_positive stimuli.min_positive stimuli.block stimuli.memory activations.batch "
+    "activations.shard_rows clip.checkpoint_steps sae.steps sae.batch sae.eval_steps sae.checkpoint_steps "
+    "atoms.n_nearest "
     "evaluate.items evaluate.batch sae.dead_tokens",
     2: "stimuli.pool",
 }
@@ -420,6 +438,8 @@ _RANGES = {
     "clip.learning_rate": (0.0, 1.0),
     "clip.holdout": (0.0, 1.0),
     "activations.max_norm": (1.0, math.inf),
+    "stimuli.duplicate_image": (0.0, 1.0),
+    "stimuli.duplicate_caption": (0.0, 1.0),
     "sae.learning_rate": (0.0, 1.0),
     "sae.l1": (0.0, math.inf),
     "sae.l0": (0.0, math.inf),
@@ -484,6 +504,8 @@ def _check(recipe: Recipe) -> None:
     choices = {
         "corpus.kind": (recipe.corpus.kind, ("folder", "table", "coco", "dataset", "toyworld")),
         "concepts.source": (recipe.concepts.source, ("captions", "table")),
+        "stimuli.dtype": (recipe.stimuli.dtype, ("float32", "bfloat16")),
+        "stimuli.device": (recipe.stimuli.device, ("cpu", "cuda")),
         "model.dtype": (recipe.model.dtype, ("float32", "bfloat16", "float16")),
         "model.tiny": (recipe.model.tiny, ("", "llava", "qwen2_5_vl", "internvl")),
         "activations.reading": (recipe.activations.reading, ("last", "caption_last", "caption_mean")),
@@ -512,5 +534,7 @@ def _check(recipe: Recipe) -> None:
         )
     if not recipe.model.id and not recipe.model.tiny:
         raise RecipeError("model: expected an `id` (Hub id or folder) or `tiny`, got neither")
+    if recipe.model.published and not re.fullmatch(rf"{_REPO_PART}/{_REPO_PART}@\S+", recipe.model.published):
+        raise RecipeError(f"model.published: expected `org/name@revision`, got {recipe.model.published!r}")
     if "{concept}" not in recipe.stimuli.template:
         raise RecipeError(f"stimuli.template: expected '{{concept}}' in it, got {recipe.stimuli.template!r}")

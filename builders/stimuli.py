@@ -1,88 +1,44 @@
 """Stage `stimuli`: the positives and negatives of every concept (Eq. 4 of arXiv 2604.08846).
 
-Reads `concepts/concepts.parquet`, `embeddings/` and the run's CLIP; writes `links.parquet`. The corpus is
-passed over in blocks, and only the best of each concept are kept: no [concepts, corpus] matrix ever exists.
+Reads `concepts/concepts.parquet`, `embeddings/` and the run's CLIP; writes `links.parquet`. Shards hold the
+candidates of some concepts; which of them become links is chosen over all concepts at the end, because a
+stimulus may serve only so many of them.
 """
 
-import hashlib
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from builders.clip import Clip, clip_of
-from builders.embeddings import Embeddings, Half, load_embeddings
+from builders.embeddings import Embeddings, load_embeddings
+from builders.recipe import StimuliConfig
+from builders.retrieval import (
+    Corpus,
+    Engine,
+    Floats,
+    Found,
+    Ints,
+    draw_places,
+    draw_pool,
+    search,
+)
 from builders.stages import Work, summed_counts
 from daco.errors import CorpusError, FormatError
 from daco.manifest import canonical_json, write_atomic
-from daco.tables import LINKS, read_table, table_of, write_table
+from daco.tables import LINKS, read_table, write_table
 
-FLOOR = 1e-6
-"""Cosines are clamped here before their logarithm is taken."""
+CANDIDATES = LINKS.set(LINKS.get_field_index("dist"), pa.field("dist", pa.float64()))
+"""Columns of a shard: positives by rank, negatives in the order of drawing."""
 
-CORPUS_BLOCK = 8_192
-"""Stimuli scored at once."""
-
-POOL_BLOCK = 32
-"""Concepts whose distances to the whole pool are held at once."""
-
-Ints = NDArray[np.int64]
-Floats = NDArray[Any]
-
-
-class Scores(NamedTuple):
-    """Cosines of concept-stimulus pairs, and what they are ranked by; arrays of one shape."""
-
-    image: Floats
-    """Cosine of concept text and image, float64."""
-    text: Floats
-    """Cosine of concept text and caption, float64."""
-
-    @property
-    def closeness(self) -> Floats:
-        """Product of the clamped cosines, computed in float64 and rounded to float32.
-
-        The rounding swallows the last bits, in which machines and blocks differ: equal pairs tie everywhere.
-        """
-        product = np.maximum(self.image, FLOOR) * np.maximum(self.text, FLOOR)
-        return product.astype(np.float32)
-
-    @property
-    def dist(self) -> Floats:
-        """Eq. 4: sqrt(-(ln s_image + ln s_text)), float64."""
-        logs = np.log(np.maximum(self.image, FLOOR)) + np.log(np.maximum(self.text, FLOOR))
-        return np.sqrt(np.maximum(-logs, 0.0))
-
-    @property
-    def positive(self) -> NDArray[np.bool_]:
-        """Where both cosines are above zero; nothing else may be a positive."""
-        return (self.image > 0) & (self.text > 0)
-
-    def at(self, index: Any) -> "Scores":
-        """The scores at an index."""
-        return Scores(self.image[index], self.text[index])
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What is searched: embeddings, and every row's place in the order of stimulus ids, which breaks ties."""
-
-    images: Half
-    texts: Half
-    place: Ints
-
-    @classmethod
-    def of(cls, embeddings: Embeddings) -> "Corpus":
-        """The corpus of an embeddings folder."""
-        place = np.empty(len(embeddings.ids), dtype=np.int64)
-        place[np.argsort(np.array(embeddings.ids), kind="stable")] = np.arange(len(place))
-        return cls(embeddings.images, embeddings.texts, place)
+FEW = 20
+"""A corpus of fewer than this many stimuli a positive is small: the last positives have little to do with
+their concept."""
 
 
 def embed_concepts(clip: Clip, concepts: Sequence[str], template: str, batch: int = 64) -> Floats:
@@ -93,189 +49,165 @@ def embed_concepts(clip: Clip, concepts: Sequence[str], template: str, batch: in
     )
 
 
-def exact_scores(queries: Floats, corpus: Corpus, rows: Ints, columns: Ints) -> Scores:
-    """Float64 cosines of pairs (queries[rows[i]], stimulus columns[i])."""
-    asked = queries[rows].astype(np.float64)
-    image, text = (
-        np.einsum("nd,nd->n", asked, side[columns].astype(np.float64))
-        for side in (corpus.images, corpus.texts)
-    )
-    return Scores(image, text)
+def engine_of(config: StimuliConfig) -> Engine:
+    """How the recipe wants proposals computed."""
+    return Engine(config.dtype, config.device, config.memory)
 
 
-def nearest(
-    queries: Floats, corpus: Corpus, k: int, block: int = CORPUS_BLOCK
-) -> tuple[list[Ints], list[Scores]]:
-    """The k closest stimuli of every query: exact, ties by stimulus id.
-
-    A float32 product picks candidates, generously by the bound on its rounding error; float64 ranks them.
-
-    Args:
-        queries: Unit rows [n, d].
-        corpus: What is searched.
-        k: Stimuli kept for each query, at most; those with a cosine <= 0 never count.
-        block: Stimuli scored at once; does not change the result.
-
-    Returns:
-        For every query the corpus rows, closest first, and their scores.
-    """
-    best = [np.empty(0, np.int64) for _ in queries]
-    scores = [Scores(np.empty(0), np.empty(0)) for _ in queries]
-    asked = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
-    margin = 4 * asked.shape[1] * 2.0**-24
-    floor = torch.full((len(queries), 1), -1.0)  # closeness below which nothing can enter a query's k best
-    for start in range(0, len(corpus.place), block):
-        product = _rough(asked, corpus, slice(start, start + block), margin)
-        bar = floor if bool((floor > 0).all()) else torch.maximum(floor, _kth(product, k))
-        rows, columns = torch.nonzero(product >= (bar - margin).clamp_(min=0), as_tuple=True)
-        _merge(queries, corpus, rows.numpy(), start + columns.numpy(), k, best, scores)
-        full = [s.closeness[-1] if len(s.image) == k else -1.0 for s in scores]
-        floor = torch.tensor(full, dtype=torch.float32)[:, None]
-    return best, scores
+# Candidates.
 
 
-def _rough(asked: Tensor, corpus: Corpus, block: slice, margin: float) -> Tensor:
-    """Float32 product of clamped cosines [n, block]; -1 where a cosine is surely not positive."""
-    image, text = (
-        asked @ torch.from_numpy(side[block].astype(np.float32)).T for side in (corpus.images, corpus.texts)
-    )
-    hopeless = (image <= -margin) | (text <= -margin)
-    return (image.clamp_(min=FLOOR) * text.clamp_(min=FLOOR)).masked_fill_(hopeless, -1.0)
+def n_candidates(config: StimuliConfig) -> int:
+    """Stimuli retrieved for each concept: more than are wanted where some may be dropped."""
+    drops = config.max_uses or config.duplicate_image or config.duplicate_caption
+    return config.n_positive + (config.spare if drops else 0)
 
 
-def _kth(product: Tensor, k: int) -> Tensor:
-    """The k-th largest of each row [n, 1]; -1 where the row is shorter."""
-    if product.shape[1] < k:
-        return torch.full((len(product), 1), -1.0)
-    return product.topk(k, dim=1).values[:, -1:]
-
-
-def _merge(
-    queries: Floats, corpus: Corpus, rows: Ints, columns: Ints, k: int, best: list[Ints], scores: list[Scores]
-) -> None:
-    """Score a block's candidates exactly and merge them into the running k best."""
-    exact = exact_scores(queries, corpus, rows, columns)
-    positive = exact.positive
-    rows, columns, exact = rows[positive], columns[positive], exact.at(positive)
-    ends = np.searchsorted(rows, np.arange(len(queries) + 1))
-    for query, (start, end) in enumerate(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)):
-        if start == end:
-            continue
-        found = np.concatenate([best[query], columns[start:end]])
-        both = Scores(
-            *(np.concatenate(pair) for pair in zip(scores[query], exact.at(slice(start, end)), strict=True))
-        )
-        order = np.lexsort((corpus.place[found], -both.closeness))[:k]
-        best[query], scores[query] = found[order], both.at(order)
-
-
-def draw_pool(n: int, size: int, seed: int) -> Ints:
-    """Rows of the pool of negatives, one for all concepts: `size` of `n`, rising."""
-    rows: Ints = np.random.default_rng([seed, 4]).permutation(n)[:size]
-    return np.sort(rows)
-
-
-def draw_negatives(
-    concept_id: str, scores: Scores, pool: Ints, place: Ints, positives: Ints, seed: int
-) -> tuple[Ints, Scores]:
-    """As many negatives as positives, drawn by (seed, concept_id) from the farther half of the pool.
-
-    Args:
-        concept_id: Whose negatives.
-        scores: Of every pool member, [pool].
-        pool: Corpus rows of the pool.
-        place: Order of the corpus's stimulus ids, which breaks ties.
-        positives: Corpus rows that are positives, never drawn.
-        seed: The run's seed.
-
-    Returns:
-        Corpus rows, closest first, and their scores; fewer than positives only when the half has no more.
-    """
-    order = np.lexsort((place[pool], -scores.closeness))
-    farther = order[len(pool) // 2 :]
-    farther = farther[~np.isin(pool[farther], positives)]
-    digest = hashlib.sha256(f"{seed}\0{concept_id}".encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-    chosen = farther[np.sort(rng.permutation(len(farther))[: len(positives)])]
-    return pool[chosen], scores.at(chosen)
-
-
-def cosines(queries: Floats, images: Floats, texts: Floats) -> Scores:
-    """Float64 cosines [n, m] of queries [n, d] with m stimuli [m, d]; for a pool, not for a corpus."""
-    asked, *sides = (np.asarray(rows, dtype=np.float64) for rows in (queries, images, texts))
-    return Scores(*(asked @ side.T for side in sides))
-
-
-def link_rows(
-    concept: dict[str, Any], role: str, stimulus_ids: Sequence[str], scores: Scores
-) -> list[dict[str, Any]]:
-    """Rows of LINKS for one concept and role, in rank order."""
-    values = zip(stimulus_ids, scores.dist.tolist(), scores.image.tolist(), scores.text.tolist(), strict=True)
-    return [
-        {
-            "concept_id": concept["concept_id"],
-            "concept": concept["concept"],
-            "stimulus_id": stimulus,
-            "role": role,
-            "rank": rank,
-            "dist": dist,
-            "sim_image": image,
-            "sim_text": text,
-        }
-        for rank, (stimulus, dist, image, text) in enumerate(values)
-    ]
-
-
-def link_concepts(
+def find_candidates(
     concepts: Sequence[dict[str, Any]],
     queries: Floats,
     corpus: Corpus,
     ids: Sequence[str],
-    *,
-    n_positive: int,
-    min_positive: int,
     pool: Ints,
+    config: StimuliConfig,
     seed: int,
-    block: int = CORPUS_BLOCK,
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Positives and negatives of some concepts.
+    engine: Engine | None = None,
+) -> tuple[pa.Table, Counter[str]]:
+    """Candidates of some concepts, near-duplicates dropped.
 
     Args:
         concepts: Rows with concept_id and concept.
         queries: Their unit text embeddings [n, d].
         corpus: What is searched.
         ids: stimulus_id of every corpus row.
-        n_positive: Positives of each, at most.
-        min_positive: A concept with fewer is dropped.
         pool: Corpus rows that negatives are drawn from.
+        config: How many, and what counts as a duplicate.
         seed: The run's seed.
-        block: Stimuli scored at once.
+        engine: How to compute; by default as `config` says.
 
     Returns:
-        Rows of LINKS in the order of concepts, and counts: in, too_few_positives, no_negatives.
-
-    Source:
-        arXiv 2604.08846, Eq. 4; the clamp, the ties and the negatives are ours.
+        A table of CANDIDATES, and counts: near_duplicate_image, near_duplicate_caption, and `by_<dtype>`, the
+        concepts that a pass in that dtype settled.
     """
-    best, scores = nearest(queries, corpus, n_positive, block)
-    rows: list[dict[str, Any]] = []
-    counts: Counter[str] = Counter({"in": len(concepts)})
-    images, texts = (side[pool].astype(np.float64) for side in (corpus.images, corpus.texts))
-    for start in range(0, len(concepts), POOL_BLOCK):
-        far = cosines(queries[start : start + POOL_BLOCK], images, texts)
-        for i, concept in enumerate(concepts[start : start + POOL_BLOCK], start):
-            if len(best[i]) < min_positive:
-                counts["too_few_positives"] += 1
-                continue
-            away, away_scores = draw_negatives(
-                concept["concept_id"], far.at(i - start), pool, corpus.place, best[i], seed
-            )
-            if not len(away):
-                counts["no_negatives"] += 1
-                continue
-            rows += link_rows(concept, "positive", [ids[row] for row in best[i]], scores[i])
-            rows += link_rows(concept, "negative", [ids[row] for row in away], away_scores)
-    return rows, counts
+    draws = [draw_places(row["concept_id"], len(pool), config.n_positive, seed) for row in concepts]
+    found = search(
+        queries,
+        corpus,
+        n_candidates(config),
+        pool=pool,
+        draws=draws,
+        n_negative=config.n_positive,
+        engine=engine or engine_of(config),
+    )
+    counts: Counter[str] = Counter({f"by_{name}": n for name, n in found.answered.items()})
+    near = _without_duplicates(found.nearest, corpus, config, counts)
+    sides = [_rows(concepts, near, "positive", ids), _rows(concepts, found.negatives, "negative", ids)]
+    return pa.concat_tables(sides), counts
+
+
+def _rows(concepts: Sequence[dict[str, Any]], found: Found, role: str, ids: Sequence[str]) -> pa.Table:
+    """Rows of CANDIDATES of one role, in the order of concepts and ranks."""
+    lengths = [len(rows) for rows in found.rows]
+    if not sum(lengths):
+        return CANDIDATES.empty_table()
+    who = np.repeat(np.arange(len(concepts)), lengths)
+    columns = {
+        "concept_id": pa.array([row["concept_id"] for row in concepts]).take(who),
+        "concept": pa.array([row["concept"] for row in concepts]).take(who),
+        "stimulus_id": [ids[row] for row in np.concatenate(found.rows).tolist()],
+        "role": [role] * len(who),
+        "rank": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        "dist": np.concatenate([scores.dist for scores in found.scores]),
+        "sim_image": np.concatenate([scores.image for scores in found.scores]).astype(np.float32),
+        "sim_text": np.concatenate([scores.text for scores in found.scores]).astype(np.float32),
+    }
+    return pa.table(columns, schema=CANDIDATES)
+
+
+def _without_duplicates(found: Found, corpus: Corpus, config: StimuliConfig, counts: Counter[str]) -> Found:
+    """Each concept's stimuli without those too like a closer one of them, by image or by caption."""
+    limits = (
+        ("image", corpus.images, config.duplicate_image),
+        ("caption", corpus.texts, config.duplicate_caption),
+    )
+    if not any(limit for _, _, limit in limits):
+        return found
+    kept_rows, kept_scores = [], []
+    for rows, scores in zip(found.rows, found.scores, strict=True):
+        same = {name: _alike(side.take(rows), limit) for name, side, limit in limits if limit}
+        kept: list[int] = []
+        for place in range(len(rows)):
+            reason = next((name for name, alike in same.items() if alike[place, kept].any()), None)
+            if reason is None:
+                kept.append(place)
+            else:
+                counts[f"near_duplicate_{reason}"] += 1
+        kept_rows.append(rows[kept])
+        kept_scores.append(scores.at(kept))
+    return Found(kept_rows, kept_scores)
+
+
+def _alike(rows: Floats, limit: float) -> Floats:
+    unit = rows.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    return np.asarray(unit @ unit.T >= limit)
+
+
+# Links.
+
+
+def choose_links(candidates: pa.Table, config: StimuliConfig) -> tuple[pd.DataFrame, Counter[str]]:
+    """The links of all concepts.
+
+    Positives: the closest pairs of concept and stimulus first, over all concepts, as long as the concept has
+    room and the stimulus serves fewer than `max_uses`. Negatives: as many as positives, in drawing order.
+
+    Args:
+        candidates: A table of CANDIDATES.
+        config: How many positives at most and at least, and of how many concepts.
+
+    Returns:
+        Columns of LINKS in the order of concepts (positives, then negatives, closest first), and counts of
+        concepts (too_few_positives, no_negatives) and of candidates (over_max_uses).
+    """
+    frame = candidates.to_pandas()
+    order = frame["concept_id"].drop_duplicates()
+    frame["number"] = frame["concept_id"].map(pd.Series(np.arange(len(order)), index=order))
+    positives, negatives = (frame[frame["role"] == role] for role in ("positive", "negative"))
+    positives, counts = _capped(positives, config)
+    wanted = positives.groupby("number").size()
+    negatives = negatives[negatives["rank"] < negatives["number"].map(wanted).fillna(0)]
+    enough, drawn = wanted.index[wanted >= config.min_positive], set(negatives["number"])
+    counts["too_few_positives"] = len(order) - len(enough)
+    linked = {number for number in enough if number in drawn}
+    counts["no_negatives"] = len(enough) - len(linked)
+    frame = pd.concat([positives, negatives])
+    frame = frame[frame["number"].isin(linked)]
+    frame["far"] = frame["role"] == "negative"
+    frame = frame.sort_values(["number", "far", "dist", "stimulus_id"], kind="stable")
+    frame["rank"] = frame.groupby(["number", "far"]).cumcount().astype(np.int32)
+    return frame[LINKS.names], counts
+
+
+def _capped(positives: pd.DataFrame, config: StimuliConfig) -> tuple[pd.DataFrame, Counter[str]]:
+    """Positives within the caps on concepts and stimuli."""
+    if not config.max_uses:
+        return positives[positives["rank"] < config.n_positive], Counter()
+    ordered = positives.sort_values(["dist", "number", "stimulus_id"], kind="stable")
+    served: Counter[int] = Counter()
+    uses: Counter[str] = Counter()
+    kept, refused = [], 0
+    for concept, stimulus in zip(ordered["number"].tolist(), ordered["stimulus_id"].tolist(), strict=True):
+        free = served[concept] < config.n_positive
+        kept.append(free and uses[stimulus] < config.max_uses)
+        refused += free and not kept[-1]
+        if kept[-1]:
+            served[concept] += 1
+            uses[stimulus] += 1
+    return ordered[kept], Counter({"over_max_uses": refused})
+
+
+# The stage.
 
 
 def run(work: Work) -> None:
@@ -289,7 +221,8 @@ def run(work: Work) -> None:
     config = work.recipe.stimuli
     concepts = read_table(work.upstream("concepts") / "concepts.parquet").to_pylist()
     embeddings = load_embeddings(work.upstream("embeddings"))
-    corpus, clip = Corpus.of(embeddings), clip_of(work)
+    _warn_if_few(work, len(embeddings.ids))
+    corpus, clip = Corpus.of(embeddings.images, embeddings.texts, embeddings.ids), clip_of(work)
     pool = draw_pool(len(embeddings.ids), config.pool, work.seed)
     for start in work.progress(range(0, len(concepts), config.block), unit="block"):
         if work.has(name := f"{start // config.block:06d}"):
@@ -298,19 +231,21 @@ def run(work: Work) -> None:
         with work.shard(name) as folder:
             queries = embed_concepts(clip, [row["concept"] for row in chunk], config.template)
             _check_width(queries, embeddings)
-            rows, counts = link_concepts(
-                chunk,
-                queries,
-                corpus,
-                embeddings.ids,
-                n_positive=config.n_positive,
-                min_positive=config.min_positive,
-                pool=pool,
-                seed=work.seed,
-            )
-            write_table(folder / "links.parquet", table_of(rows, LINKS))
+            table, counts = find_candidates(chunk, queries, corpus, embeddings.ids, pool, config, work.seed)
+            write_table(folder / "candidates.parquet", table)
             write_atomic(folder / "counts.json", canonical_json(counts))
-    _join(work, len(embeddings.ids))
+    _join(work, len(concepts), len(embeddings.ids))
+
+
+def _warn_if_few(work: Work, n_stimuli: int) -> None:
+    n = work.recipe.stimuli.n_positive
+    if n_stimuli < FEW * n:
+        text = (
+            f"{n} positives a concept out of {n_stimuli} stimuli: the last ones will hardly show it; "
+            f"lower stimuli.n_positive to {max(1, n_stimuli // FEW)} or give a larger corpus"
+        )
+        work.log("warning", text=text)
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _check_width(queries: Floats, embeddings: Embeddings) -> None:
@@ -321,17 +256,25 @@ def _check_width(queries: Floats, embeddings: Embeddings) -> None:
         )
 
 
-def _join(work: Work, n_stimuli: int) -> None:
-    skipped = summed_counts(work.shards())
-    n_in = skipped.pop("in", 0)
-    links = pa.concat_tables([read_table(shard / "links.parquet", LINKS) for shard in work.shards()])
-    if not links.num_rows:
+def _join(work: Work, n_concepts: int, n_stimuli: int) -> None:
+    shards = work.shards()
+    candidates = pa.concat_tables([read_table(shard / "candidates.parquet", CANDIDATES) for shard in shards])
+    links, counts = choose_links(candidates, work.recipe.stimuli)
+    if not len(links):
         raise CorpusError(
             f"expected a concept with at least {work.recipe.stimuli.min_positive} positives and one negative "
-            f"among {n_stimuli} stimuli, got none of {n_in}; "
+            f"among {n_stimuli} stimuli, got none of {n_concepts}; "
             "give a larger corpus or lower stimuli.min_positive"
         )
-    write_table(work.folder / "links.parquet", links)
+    write_table(work.folder / "links.parquet", pa.Table.from_pandas(links, LINKS, preserve_index=False))
+    dropped = +(summed_counts(shards) + Counter({"over_max_uses": counts.pop("over_max_uses", 0)}))
+    settled = {name: dropped.pop(name) for name in list(dropped) if name.startswith("by_")}
+    work.log("settled", **settled)
     work.drop_shards()
-    counts = {"in": n_in, "out": n_in - sum(skipped.values()), "skipped": dict(skipped)}
-    work.finish(counts, rows={"links.parquet": links.num_rows})
+    n_out = links["concept_id"].nunique()
+    found = len(set(candidates["concept_id"].to_pylist()))
+    counts["too_few_positives"] += n_concepts - found
+    facts: dict[str, Any] = {"in": n_concepts, "out": n_out, "skipped": dict(+counts)}
+    if dropped:
+        facts["candidates_dropped"] = dict(dropped)
+    work.finish(facts, rows={"links.parquet": len(links)})

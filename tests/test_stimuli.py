@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from small_run import Killed, digests, opened
 
 from builders import clip, corpus, embeddings, stimuli, vocabulary
 from builders.embeddings import Embeddings, unit_half
-from builders.recipe import Recipe
+from builders.recipe import Recipe, StimuliConfig
+from builders.retrieval import Corpus, Scores, draw_pool, search
 from builders.stages import done
-from builders.stimuli import Corpus, Scores, draw_pool, embed_concepts, link_concepts, nearest
+from builders.stimuli import choose_links, embed_concepts, find_candidates
 from daco.errors import CorpusError, FormatError
 from daco.tables import LINKS, read_table
 
@@ -37,11 +39,12 @@ def naive_links(
         everything = sorted(scored(row) for row in range(len(corpus.ids)))
         positives = [s for s in everything if s[3] > 0 and s[4] > 0][:k]
         taken = {s[2] for s in positives}
-        farther = sorted(scored(row) for row in pool)[len(pool) // 2 :]
-        farther = [s for s in farther if s[2] not in taken]
+        farther = {s[2]: s for s in sorted(scored(row) for row in pool)[len(pool) // 2 :]}
         digest = hashlib.sha256(f"{SEED}\0{concept['concept_id']}".encode()).digest()
-        order = np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(len(farther))
-        negatives = [farther[i] for i in sorted(order[: len(positives)])]
+        rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+        tried = [pool[i] for i in rng.choice(len(pool), size=min(len(pool), 16 * k), replace=False)]
+        negatives = [farther[row] for row in tried if row in farther and row not in taken]
+        negatives = sorted(negatives[: len(positives)])
         for role, chosen in (("positive", positives), ("negative", negatives)):
             links += [(concept["concept_id"], role, rank, s[1]) for rank, s in enumerate(chosen)]
     return links
@@ -66,15 +69,14 @@ def made_concepts(n: int, d: int = 7, seed: int = 1) -> tuple[list[dict], np.nda
 
 def linked(
     found: Embeddings, concepts: list[dict], queries: np.ndarray, **changes: Any
-) -> tuple[list[dict], Any]:
-    facts = {
-        "n_positive": 6,
-        "min_positive": 1,
-        "pool": draw_pool(len(found.ids), 31, SEED),
-        "seed": SEED,
-        "block": 13,
-    }
-    return link_concepts(concepts, queries, Corpus.of(found), found.ids, **(facts | changes))
+) -> tuple[list[dict], Counter[str]]:
+    """Links of some concepts, and the counts of both steps."""
+    config = StimuliConfig(**({"n_positive": 6, "min_positive": 1} | changes))
+    corpus = Corpus.of(found.images, found.texts, found.ids)
+    pool = draw_pool(len(found.ids), 31, SEED)
+    table, counts = find_candidates(concepts, queries, corpus, found.ids, pool, config, SEED)
+    links, more = choose_links(table, config)
+    return links.to_dict("records"), counts + more
 
 
 def keys(rows: list[dict]) -> list[tuple]:
@@ -90,13 +92,6 @@ def test_links_are_those_of_the_naive_twin_ties_included(n: int, spread: float) 
     expected = naive_links(concepts, queries, found, 6, pool)
     assert [key for key in expected if key[0] in {row["concept_id"] for row in rows}] == keys(rows)
     assert len(rows) > 40
-
-
-@pytest.mark.parametrize("block", [1, 5, 100, 1000])
-def test_the_block_size_changes_nothing(block: int) -> None:
-    found = made_up(101)
-    concepts, queries = made_concepts(9)
-    assert linked(found, concepts, queries, block=block) == linked(found, concepts, queries)
 
 
 def test_concepts_on_their_own_give_the_links_they_have_among_others() -> None:
@@ -126,13 +121,10 @@ def test_both_sides_must_match_not_one_alone() -> None:
     images = unit_half([near, near + far, near, near, near, off])
     texts = unit_half([near + 9 * off, near + far, near, -near, off, near])
     found = Embeddings(images, texts, list("abcdef"))
-    best, scores = nearest(np.float32([near]), Corpus.of(found), 6)
-    assert best[0].tolist() == [
-        2,
-        1,
-        0,
-    ]  # of the others one side points away or has a cosine of 0: never positives
-    assert scores[0].dist[0] == pytest.approx(0.0, abs=1e-3)
+    nearest = search(np.float32([near]), Corpus.of(found.images, found.texts, found.ids), 6).nearest
+    # Of the others one side points away or has a cosine of 0: never positives.
+    assert nearest.rows[0].tolist() == [2, 1, 0]
+    assert nearest.scores[0].dist[0] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_negatives_come_from_the_farther_half_and_are_never_positives() -> None:
@@ -162,9 +154,45 @@ def test_concepts_with_too_few_stimuli_are_dropped_and_counted() -> None:
     concepts, queries = made_concepts(9)
     away = -np.float32(found.images[:1])  # nothing of the corpus is on this side
     rows, counts = linked(found, concepts[:2], np.concatenate([queries[:1], away / np.linalg.norm(away)]))
-    assert counts["in"] == 2
-    assert counts["too_few_positives"] >= 1
+    assert counts["by_float32"] + counts["by_float64"] == 2
     assert "user:c1" not in {row["concept_id"] for row in rows}
+
+
+def test_near_duplicates_of_a_closer_stimulus_are_dropped_and_counted() -> None:
+    found = made_up(101, spread=0.5)
+    concepts, queries = made_concepts(9)
+    where = {name: i for i, name in enumerate(found.ids)}
+    rows, counts = linked(found, concepts, queries, duplicate_image=0.999, spare=9)
+    assert counts["near_duplicate_image"] > 9  # each stimulus of the first half is there twice
+    for concept in {row["concept_id"] for row in rows}:
+        chosen = [
+            where[r["stimulus_id"]] for r in rows if (r["concept_id"], r["role"]) == (concept, "positive")
+        ]
+        alike = np.float64(found.images[chosen]) @ np.float64(found.images[chosen]).T
+        assert (alike[~np.eye(len(chosen), dtype=bool)] < 1.0 - 1e-3).all()
+    rows, counts = linked(found, concepts, queries, duplicate_caption=0.999, spare=9)
+    assert counts["near_duplicate_caption"] > 9
+    assert len({r["rank"] for r in rows if r["role"] == "positive"}) == 6
+
+
+def test_a_stimulus_serves_its_closest_concepts_up_to_the_cap() -> None:
+    found = made_up(101, spread=0.3)
+    concepts, queries = made_concepts(9)
+    queries = np.float32(np.mean(queries, axis=0) + 0.2 * queries)  # all want the same stimuli
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    if (queries @ np.float32(found.images.mean(0))).mean() < 0:
+        queries = -queries
+    free, _ = linked(found, concepts, queries, n_positive=4)
+    capped, counts = linked(found, concepts, queries, n_positive=4, max_uses=2, spare=60)
+    positives = [row for row in capped if row["role"] == "positive"]
+    assert max(Counter(row["stimulus_id"] for row in positives).values()) == 2
+    assert max(Counter(row["stimulus_id"] for row in free if row["role"] == "positive").values()) > 2
+    assert counts["over_max_uses"] > 0
+    assert len(positives) == 4 * len({row["concept_id"] for row in capped})
+    closest = min(positives, key=lambda row: (row["dist"], row["stimulus_id"]))
+    assert closest["dist"] == min(row["dist"] for row in free)
+    shuffled, _ = linked(found, concepts[::-1], queries[::-1], n_positive=4, max_uses=2, spare=60)
+    assert sorted(keys(shuffled)) == sorted(keys(capped))
 
 
 def test_the_pool_is_drawn_once_by_the_seed() -> None:

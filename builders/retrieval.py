@@ -1,0 +1,674 @@
+"""Exact retrieval by Eq. 4 of arXiv 2604.08846: the nearest stimuli of many concepts, and their negatives.
+
+Reads embeddings (arrays, memory-mapped or not, in any number of parts) and returns rows of the corpus. A
+blocked matrix product in float32 or bfloat16, on CPU or CUDA, proposes; float64 decides. What a proposal's
+rounding could have hidden is looked up again, so block, part, dtype and device never change an answer.
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from daco.errors import FormatError, RecipeError
+
+FLOOR = 1e-6
+"""Cosines are clamped here before their logarithm is taken."""
+
+MARGIN = {"float32": 16, "bfloat16": 96}
+"""Stimuli proposed beyond k, by dtype: enough that float64 can nearly always tell the k best."""
+
+PAIRS = 8_192
+"""Concept-stimulus pairs scored in float64 at once."""
+
+WALK = 16
+"""Members of the pool looked at for each negative wanted; half of them are far enough."""
+
+Ints = NDArray[np.int64]
+Floats = NDArray[Any]
+
+
+class Scores(NamedTuple):
+    """Cosines of concept-stimulus pairs, and what they are ranked by; arrays of one shape."""
+
+    image: Floats
+    """Cosine of concept text and image, float64."""
+    text: Floats
+    """Cosine of concept text and caption, float64."""
+
+    @property
+    def closeness(self) -> Floats:
+        """Product of the clamped cosines, computed in float64 and rounded to float32.
+
+        The rounding swallows the last bits, in which machines differ: equal pairs tie everywhere.
+        """
+        product = np.maximum(self.image, FLOOR) * np.maximum(self.text, FLOOR)
+        return product.astype(np.float32)
+
+    @property
+    def dist(self) -> Floats:
+        """Eq. 4: sqrt(-(ln s_image + ln s_text)), float64."""
+        logs = np.log(np.maximum(self.image, FLOOR)) + np.log(np.maximum(self.text, FLOOR))
+        return np.sqrt(np.maximum(-logs, 0.0))
+
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Where both cosines are above zero; nothing else may be a positive."""
+        return (self.image > 0) & (self.text > 0)
+
+    def at(self, index: Any) -> "Scores":
+        """The scores at an index."""
+        return Scores(self.image[index], self.text[index])
+
+
+class Rows:
+    """Rows that lie in one or several arrays, addressed as one; arrays stay where they are (memory-mapped).
+
+    Args:
+        parts: Arrays [n_i, d] of one width, float16, float32 or float64.
+
+    Raises:
+        FormatError: a part is no matrix of floats, or of another width than the first.
+    """
+
+    def __init__(self, *parts: Floats) -> None:
+        self.parts = parts
+        for number, part in enumerate(parts):
+            if part.ndim != 2 or part.dtype.kind != "f" or part.shape[1] != parts[0].shape[1]:
+                raise FormatError(
+                    f"embeddings, part {number}: expected floats [n, {parts[0].shape[-1]}], "
+                    f"got {part.dtype} {list(part.shape)}; embed with one model"
+                )
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return int(self.parts[0].shape[1])
+
+    def slice(self, start: int, stop: int) -> Floats:
+        """Rows start to stop; a view where they lie in one part."""
+        begins = self.ends - [len(part) for part in self.parts]
+        found = [
+            part[max(start - begin, 0) : stop - begin]
+            for part, begin, end in zip(self.parts, begins.tolist(), self.ends.tolist(), strict=True)
+            if begin < stop and start < end
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def take(self, rows: Ints) -> Floats:
+        """Chosen rows, copied."""
+        if len(self.parts) == 1:
+            return np.asarray(self.parts[0][rows])
+        chosen = np.empty((len(rows), self.width), np.result_type(*(part.dtype for part in self.parts)))
+        where = np.searchsorted(self.ends, rows, side="right")
+        for number in np.unique(where).tolist():
+            mine, part = where == number, self.parts[number]
+            chosen[mine] = part[rows[mine] - (self.ends[number] - len(part))]
+        return chosen
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is searched: unit embeddings of both sides, and the order of stimulus ids, which breaks ties."""
+
+    images: Rows
+    """[n, d]."""
+    texts: Rows
+    """[n, d]."""
+    place: Ints
+    """[n]: of each row, how many stimulus ids come before its own."""
+
+    @classmethod
+    def of(cls, images: Floats | Rows, texts: Floats | Rows, ids: Sequence[str]) -> "Corpus":
+        """A corpus of embeddings and the stimulus id of each row.
+
+        Raises:
+            FormatError: the three do not belong together.
+        """
+        sides = [side if isinstance(side, Rows) else Rows(side) for side in (images, texts)]
+        if not len(sides[0]) == len(sides[1]) == len(ids) or sides[0].width != sides[1].width:
+            raise FormatError(
+                f"expected image rows, text rows and ids of one number and width, got {len(sides[0])} x "
+                f"{sides[0].width}, {len(sides[1])} x {sides[1].width} and {len(ids)}; embed again"
+            )
+        place = np.empty(len(ids), dtype=np.int64)
+        place[np.argsort(np.array(ids), kind="stable")] = np.arange(len(ids))
+        return cls(sides[0], sides[1], place)
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How proposals are computed; changes the time and memory of a search, never its answer."""
+
+    dtype: str = "float32"
+    """`float32` or `bfloat16`."""
+    device: str = "cpu"
+    """`cpu` or `cuda`, optionally with a number."""
+    memory: int = 1536
+    """MiB of working memory beside the embeddings, at most."""
+    block: int = 0
+    """Stimuli scored at once; 0: what memory and device suggest."""
+    tile: int = 0
+    """Concepts scored at once; 0: likewise."""
+
+
+class Found(NamedTuple):
+    """What a search found: of every query its stimuli and their scores."""
+
+    rows: list[Ints]
+    """Corpus rows."""
+    scores: list[Scores]
+    """Their cosines."""
+
+
+class Searched(NamedTuple):
+    """Result of `search`."""
+
+    nearest: Found
+    """The k nearest of every query, closest first."""
+    negatives: Found
+    """Draws from the farther half of the pool, in the order of drawing; empty without a pool."""
+    answered: Counter[str]
+    """Queries by the dtype of the pass that settled them; `float64`: no rounded pass could."""
+
+
+def exact_scores(queries: Floats, corpus: Corpus, rows: Ints, columns: Ints) -> Scores:
+    """Float64 cosines of pairs (queries[rows[i]], stimulus columns[i]); each depends on its pair alone."""
+    scores = Scores(np.empty(len(rows)), np.empty(len(rows)))
+    for start in range(0, len(rows), PAIRS):
+        part = slice(start, start + PAIRS)
+        asked = queries[rows[part]].astype(np.float64)
+        for side, out in ((corpus.images, scores.image), (corpus.texts, scores.text)):
+            np.einsum("nd,nd->n", asked, _doubles(side.take(columns[part])), out=out[part])
+    return scores
+
+
+def _doubles(rows: Floats) -> Floats:
+    if rows.dtype == np.float16:  # torch is faster at the first step than numpy
+        rows = torch.from_numpy(rows).float().numpy()
+    return rows.astype(np.float64)
+
+
+def search(
+    queries: Floats,
+    corpus: Corpus,
+    k: int,
+    *,
+    pool: Ints | None = None,
+    draws: Sequence[Ints] = (),
+    n_negative: int = 0,
+    engine: Engine | None = None,
+) -> Searched:
+    """The k nearest stimuli of every query by Eq. 4, and negatives from the farther half of a pool.
+
+    Args:
+        queries: Unit rows [n, d], float32.
+        corpus: What is searched.
+        k: Stimuli of each query, at most; those with a cosine <= 0 never count.
+        pool: Rising corpus rows that negatives are drawn from.
+        draws: For every query places in `pool`, in the order in which they are tried.
+        n_negative: Negatives of each query, at most: the first of its draws that lie in the farther half of
+            the pool (ties by stimulus id) and are none of its k nearest.
+        engine: How to compute.
+
+    Raises:
+        RecipeError: the memory allowed is too small for one query.
+        FormatError: queries and corpus have different widths.
+
+    Source:
+        arXiv 2604.08846, Eq. 4; the clamp, the ties and the negatives are ours.
+    """
+    if queries.shape[1] != corpus.images.width:
+        raise FormatError(
+            f"expected embeddings of width {queries.shape[1]}, got {corpus.images.width}; use one CLIP"
+        )
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    engine = engine or Engine()
+    pool = np.empty(0, np.int64) if pool is None else pool
+    parts = [
+        _search_part(queries[part], corpus, k, pool, draws[part], n_negative, engine)
+        for part in _query_parts(len(queries), k, len(pool), corpus.images.width, engine)
+    ]
+    answered: Counter[str] = Counter()
+    for part in parts:
+        answered.update(part.answered)
+    return Searched(
+        _joined([part.nearest for part in parts]), _joined([part.negatives for part in parts]), answered
+    )
+
+
+def _joined(parts: Sequence[Found]) -> Found:
+    return Found([rows for part in parts for rows in part.rows], [s for part in parts for s in part.scores])
+
+
+def _search_part(
+    queries: Floats,
+    corpus: Corpus,
+    k: int,
+    pool: Ints,
+    draws: Sequence[Ints],
+    n_negative: int,
+    engine: Engine,
+) -> Searched:
+    proposer = _Proposer(queries, corpus, k, pool, engine)
+    far = proposer.scan_pool(draws, n_negative) if len(pool) else [np.empty(0, np.int64) for _ in queries]
+    proposer.scan_rest()
+    nearest, doubtful = _decide(queries, corpus, k, proposer)
+    answered = Counter({engine.dtype: len(queries) - len(doubtful)})
+    if len(doubtful) and engine.dtype != "float32":
+        again = _Proposer(queries[doubtful], corpus, k, np.empty(0, np.int64), _single(engine))
+        again.scan_rest()
+        found, left = _decide(queries[doubtful], corpus, k, again)
+        _put(nearest, doubtful, found)
+        answered["float32"] += len(doubtful) - len(left)
+        doubtful = doubtful[left]
+    if len(doubtful):
+        _put(nearest, doubtful, exhaustive(queries[doubtful], corpus, k))
+    answered["float64"] += len(doubtful)
+    for query, (found, near) in enumerate(zip(far, nearest.rows, strict=True)):
+        if np.isin(found, near).any():  # only where the pool is hardly larger than k
+            far[query] = far_draws(queries[query], corpus, pool, draws[query], near)[:n_negative]
+    return Searched(nearest, _scored(queries, corpus, far), +answered)
+
+
+def _single(engine: Engine) -> Engine:
+    return Engine("float32", engine.device, engine.memory, engine.block, engine.tile)
+
+
+def _put(found: Found, at: Ints, other: Found) -> None:
+    for place, rows, scores in zip(at.tolist(), other.rows, other.scores, strict=True):
+        found.rows[place], found.scores[place] = rows, scores
+
+
+def far_draws(query: Floats, corpus: Corpus, pool: Ints, tried: Ints, near: Ints) -> Ints:
+    """Corpus rows of the draws that lie in the farther half of the pool and not in `near`, all in float64."""
+    scores = exact_scores(query[None], corpus, np.zeros(len(pool), np.int64), pool)
+    order = np.lexsort((corpus.place[pool], -scores.closeness))
+    far = np.zeros(len(pool), dtype=bool)
+    far[order[len(pool) // 2 :]] = True
+    rows: Ints = pool[tried[far[tried]]]
+    return rows[~np.isin(rows, near)]
+
+
+def _scored(queries: Floats, corpus: Corpus, rows: list[Ints]) -> Found:
+    """Float64 scores of some rows of every query."""
+    lengths = [len(found) for found in rows]
+    who = np.repeat(np.arange(len(rows)), lengths)
+    scores = exact_scores(queries, corpus, who, np.concatenate([np.empty(0, np.int64), *rows]))
+    ends = np.cumsum(lengths).tolist()
+    return Found(rows, [scores.at(slice(end - n, end)) for end, n in zip(ends, lengths, strict=True)])
+
+
+# Proposals.
+
+
+def _sizes(width: int, engine: Engine) -> tuple[int, int]:
+    """(stimuli, concepts) scored at once: a block and its products take a quarter of the memory each."""
+    quarter = engine.memory * 2**20 // 4
+    widest, most = (65_536, 16_384) if engine.device.startswith("cuda") else (4_096, 512)
+    block = engine.block or max(8, min(widest, quarter // (16 * width)) // 8 * 8)
+    return block, engine.tile or max(1, min(most, quarter // (16 * block)))
+
+
+def _query_parts(n: int, k: int, n_pool: int, width: int, engine: Engine) -> list[slice]:
+    """Queries whose running best fit into the memory that is left, part by part.
+
+    Raises:
+        RecipeError: there is no room for one.
+    """
+    left = engine.memory * 2**20 // 2 - 8 * n_pool * width
+    most = left // (16 * (_room(k, engine) + width))
+    if most < 1:
+        raise RecipeError(
+            f"stimuli.memory: expected more than {engine.memory} MiB for a pool of {n_pool} x {width}; "
+            "raise stimuli.memory or lower stimuli.pool"
+        )
+    return [slice(start, start + most) for start in range(0, max(n, 1), most)]
+
+
+def _kept(k: int, engine: Engine) -> int:
+    return k + MARGIN[engine.dtype]
+
+
+def _room(k: int, engine: Engine) -> int:
+    return 4 * _kept(k, engine)
+
+
+class _Proposer:
+    """Running best of every query by a rounded closeness, and a bar that everything dropped lies below.
+
+    `bar[q]` only rises, and what of the corpus is not among `values[q]` has a rounded closeness <= bar[q].
+    """
+
+    def __init__(self, queries: Floats, corpus: Corpus, k: int, pool: Ints, engine: Engine) -> None:
+        self.corpus, self.k, self.pool, self.engine = corpus, k, pool, engine
+        self.device = torch.device(engine.device)
+        self.dtype = torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
+        self.block, self.tile = _sizes(corpus.images.width, engine)
+        self.kept, self.room = _kept(k, engine), _room(k, engine)
+        self.single = torch.from_numpy(queries).to(self.device)
+        self.asked = self.single.to(self.dtype)
+        self.error = _Error(corpus.images.width, self.single, self.asked)
+        n = len(queries)
+        self.values = torch.full((n, self.room), -1.0, device=self.device)
+        self.columns = torch.zeros((n, self.room), dtype=torch.int64, device=self.device)
+        self.count = torch.zeros(n, dtype=torch.int64, device=self.device)
+        self.bar = torch.full((n,), self.error.at(0.0), device=self.device)
+        self.buffers: dict[str, Tensor] = {}
+
+    def tiles(self) -> Iterator[slice]:
+        """Slices of the queries."""
+        for start in range(0, len(self.asked), self.tile):
+            yield slice(start, min(start + self.tile, len(self.asked)))
+
+    def scan_rest(self) -> None:
+        """Score everything that is not in the pool."""
+        for start in range(0, len(self.corpus), self.block):
+            stop = min(start + self.block, len(self.corpus))
+            rows = np.arange(start, stop)
+            inside = self.pool[slice(*np.searchsorted(self.pool, (start, stop)))]
+            sides = [side.slice(start, stop) for side in (self.corpus.images, self.corpus.texts)]
+            if len(inside):
+                left = np.ones(stop - start, dtype=bool)
+                left[inside - start] = False
+                rows, sides = rows[left], [side[left] for side in sides]
+            if len(rows):
+                self._score_block(
+                    torch.from_numpy(rows).to(self.device), [self._half(side) for side in sides]
+                )
+
+    def _half(self, rows: Floats) -> Tensor:
+        """A block as the engine's dtype; notes how far the rounding moved its rows."""
+        single = torch.from_numpy(np.array(rows)).to(self.device).float()
+        rounded = single.to(self.dtype)
+        self.error.note(single, rounded)
+        return rounded
+
+    def _score_block(self, rows: Tensor, sides: list[Tensor]) -> None:
+        for tile in self.tiles():
+            product = self._product(self.asked[tile], sides)
+            self._offer(tile, product, len(rows), rows)
+
+    def _product(self, asked: Tensor, sides: list[Tensor]) -> Tensor:
+        """Rounded product of clamped cosines [tile, block], padded with -1 to a width divisible by 8."""
+        n = len(sides[0])
+        image, text = (self._buffer(name, len(asked), n, asked.dtype) for name in ("image", "text"))
+        for out, side in ((image, sides[0]), (text, sides[1])):
+            torch.mm(asked, side.T, out=out[:, :n])
+        product = image.clamp_(min=FLOOR).mul_(text.clamp_(min=FLOOR))
+        product[:, n:] = -1.0
+        return product
+
+    def _buffer(self, name: str, m: int, n: int, dtype: torch.dtype) -> Tensor:
+        """[m, n rounded up to 8] out of one allocation: fresh memory for every tile would cost much."""
+        size = m * (-(-n // 8) * 8)
+        found = self.buffers.get(f"{name}{dtype}")
+        if found is None or len(found) < size:
+            found = self.buffers[f"{name}{dtype}"] = torch.zeros(size, dtype=dtype, device=self.device)
+        return found[:size].view(m, -1)
+
+    def _offer(self, tile: slice, product: Tensor, n: int, rows: Tensor) -> None:
+        """Take what lies above the bars of a tile's queries into their running best."""
+        bar = self.bar[tile][:, None]
+        if product.dtype != torch.float32:
+            bar = _round_down(bar, product.dtype)
+        above = self._buffer("above", *product.shape, torch.bool)
+        torch.gt(product, bar, out=above)
+        who, eighth = torch.nonzero(above.view(torch.int64), as_tuple=True)
+        if len(who) > len(product) * self.room:
+            self._merge_best(tile, product, n, rows)
+            return
+        values = product.view(len(product), -1, 8)[who, eighth]
+        hit, place = torch.nonzero(values > bar[who], as_tuple=True)
+        who, columns, values = who[hit], eighth[hit] * 8 + place, values[hit, place].float()
+        fresh = torch.bincount(who, minlength=len(product))
+        if int((self.count[tile] + fresh).max()) > self.room:
+            self._compact(tile)
+            if int((self.count[tile] + fresh).max()) > self.room:
+                self._merge_best(tile, product, n, rows)
+                return
+        slot = self.count[tile][who] + torch.arange(len(who), device=self.device)
+        slot -= (fresh.cumsum(0) - fresh)[who]
+        self.values[tile][who, slot], self.columns[tile][who, slot] = values, rows[columns]
+        self.count[tile] += fresh
+        if len(who) > 16 * len(product):
+            self._compact(tile)
+
+    def _merge_best(self, tile: slice, product: Tensor, n: int, rows: Tensor) -> None:
+        """Where a tile has more above the bar than there is room: keep only its best."""
+        values, columns = product[:, :n].float().topk(min(self.kept + 1, n), dim=1)
+        if n > self.kept:
+            self._raise(tile, values[:, -1])
+            values, columns = values[:, :-1], columns[:, :-1]
+        self._compact(tile)
+        width = values.shape[1]
+        self.values[tile, self.kept : self.kept + width] = values
+        self.columns[tile, self.kept : self.kept + width] = rows[columns]
+        self._compact(tile)
+
+    def _compact(self, tile: slice) -> None:
+        """Keep the best of the running lists, and raise the bars to what was dropped."""
+        values, order = self.values[tile].topk(self.kept + 1, dim=1)
+        columns = self.columns[tile].gather(1, order)
+        self._raise(tile, values[:, -1])
+        self.values[tile, : self.kept], self.columns[tile, : self.kept] = values[:, :-1], columns[:, :-1]
+        self.values[tile, self.kept :] = -1.0
+        self.count[tile] = self.kept
+        last = values[:, self.k - 1]
+        sure = last - 2.1 * self.error.at(last)  # nothing below can be among the k best
+        self._raise(tile, torch.where(last > 0, sure, self.bar[tile]))
+
+    def _raise(self, tile: slice, bar: Tensor) -> None:
+        self.bar[tile] = torch.maximum(self.bar[tile], bar)
+
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """(values, columns) [n, kept] of all queries, best first; what is empty has the value -1."""
+        for tile in self.tiles():
+            self._compact(tile)
+        return self.values[:, : self.kept].cpu(), self.columns[:, : self.kept].cpu()
+
+    # The pool.
+
+    def scan_pool(self, draws: Sequence[Ints], n: int) -> list[Ints]:
+        """Score the pool in float32: its members are proposed like all others, and far draws are found.
+
+        Returns:
+            For every query the corpus rows of its first n draws that lie in the farther half of the pool.
+        """
+        sides = [
+            torch.from_numpy(side.take(self.pool)).to(self.device).float()
+            for side in (self.corpus.images, self.corpus.texts)
+        ]
+        rows = torch.from_numpy(self.pool).to(self.device)
+        far: list[Ints] = []
+        step = max(1, min(self.tile, 2**24 // len(self.pool)))  # products with the whole pool: 64 MiB
+        whole = torch.empty(step, len(self.pool))
+        for first in range(0, len(self.asked), step):
+            tile = slice(first, min(first + step, len(self.asked)))
+            for start in range(0, len(self.pool), self.block):
+                part = slice(start, min(start + self.block, len(self.pool)))
+                product = self._product(self.single[tile], [side[part] for side in sides])
+                self._offer(tile, product, part.stop - part.start, rows[part])
+                whole[: tile.stop - first, part] = product[:, : part.stop - part.start]
+            far += self._far(tile, whole[: tile.stop - first].numpy(), draws[tile], n)
+        return far
+
+    def _far(self, tile: slice, product: Floats, draws: Sequence[Ints], n: int) -> list[Ints]:
+        """The first n draws of each query whose exact closeness is in the farther half of the pool."""
+        half = product.shape[1] // 2
+        far = []
+        queries = self.single[tile].cpu().numpy()
+        for query, values, tried in zip(queries, product, draws, strict=True):
+            middle = np.partition(values, len(values) - half - 1)[len(values) - half - 1]
+            doubt = 2.1 * self.error.single(float(middle))
+            drawn = values[tried]
+            sure, unsure = drawn < middle - doubt, np.abs(drawn - middle) <= doubt
+            last = int(np.searchsorted(np.cumsum(sure), n)) + 1  # draws beyond are not needed
+            if unsure[:last].any():
+                sure = self._far_exactly(query, values, float(middle), doubt, half)[tried]
+            far.append(self.pool[tried[sure][:n]])
+        return far
+
+    def _far_exactly(
+        self, query: Floats, values: Floats, middle: float, doubt: float, half: int
+    ) -> NDArray[np.bool_]:
+        """Which members of the pool are in its farther half: float64 orders those about the middle."""
+        far = values < middle - doubt
+        unsure = np.flatnonzero(np.abs(values - middle) <= doubt)
+        rows = self.pool[unsure]
+        scores = exact_scores(query[None], self.corpus, np.zeros(len(rows), np.int64), rows)
+        order = np.lexsort((self.corpus.place[rows], -scores.closeness))
+        n_near = half - int((values > middle + doubt).sum())
+        far[unsure[order[n_near:]]] = True
+        return far
+
+
+class _Error:
+    """Bound on |rounded closeness - float64 closeness|, from the rows as they are.
+
+    A cosine's error is at most |x||q - q'| + |q'||x - x'| for the rounding of the rows, d u |x||q| for the
+    sum in float32, and u' |cos| for a bfloat16 result; the product p of two such is off by the first (1 + p).
+    """
+
+    SLACK = 1.05
+    """Rows are unit within float16, and the bound itself is computed in float32."""
+
+    def __init__(self, width: int, single: Tensor, rounded: Tensor) -> None:
+        self.sum = (width + 4) * 2.0**-24
+        self.queries = _moved(single, rounded)
+        self.rows = 2.0**-8 if rounded.dtype == torch.bfloat16 else 0.0
+        self.seen = 0.0
+        self.relative = 3 * 2.0**-8 if rounded.dtype == torch.bfloat16 else 2.0**-22
+
+    def note(self, single: Tensor, rounded: Tensor) -> None:
+        """Remember the farthest that rounding moved a row."""
+        if rounded.dtype != single.dtype:
+            self.seen = max(self.seen, _moved(single, rounded))
+
+    def at(self, closeness: Any) -> Any:
+        """The bound at some closeness (number or tensor), before all rows were seen."""
+        return self._bound(self.queries + self.rows + self.sum, closeness, self.relative)
+
+    def final(self, closeness: Any) -> Any:
+        """The bound at some closeness, once every row was seen."""
+        return self._bound(self.queries + self.seen + self.sum, closeness, self.relative)
+
+    def single(self, closeness: float) -> float:
+        """The bound of a float32 product."""
+        return float(self._bound(self.sum, closeness, 2.0**-22))
+
+    def _bound(self, cosine: float, closeness: Any, relative: float) -> Any:
+        return self.SLACK * (cosine * (1.01 + closeness) + cosine**2 + relative * closeness + 2 * FLOOR)
+
+
+def _moved(single: Tensor, rounded: Tensor) -> float:
+    if rounded.dtype == single.dtype or not len(single):
+        return 0.0
+    return float((single - rounded.float()).norm(dim=1).max())
+
+
+def _round_down(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest numbers of a dtype that are not above float32 values >= 0."""
+    rounded = values.to(dtype)
+    return torch.where(rounded.float() > values, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+
+
+# Decisions.
+
+
+def _decide(queries: Floats, corpus: Corpus, k: int, proposer: _Proposer) -> tuple[Found, Ints]:
+    """Order the proposals in float64; also which queries something that was dropped could belong to."""
+    values, columns = proposer.candidates()
+    bar = proposer.bar.cpu()
+    last = values[:, k - 1 : k]
+    needed = (values > last - 2.1 * proposer.error.final(last.clamp(min=0))) & (values > 0)
+    who, slot = (found.numpy() for found in torch.nonzero(needed, as_tuple=True))
+    rows = columns.numpy()[who, slot]
+    scores = exact_scores(queries, corpus, who, rows)
+    # The highest that float64 could put what was dropped, or kept and yet not scored.
+    worst = torch.maximum(bar + proposer.error.final(bar), (last - proposer.error.final(last))[:, 0]).numpy()
+    found, doubtful = Found([], []), []
+    ends = np.searchsorted(who, np.arange(len(queries) + 1)).tolist()
+    for query, (start, end) in enumerate(itertools.pairwise(ends)):
+        ranked = _ranked(rows[start:end], scores.at(slice(start, end)), corpus.place, k)
+        found.rows.append(ranked[0])
+        found.scores.append(ranked[1])
+        if len(ranked[0]) < k or not ranked[1].closeness[-1] > worst[query]:
+            doubtful.append(query)
+    return found, np.array(doubtful, dtype=np.int64)
+
+
+def _ranked(rows: Ints, scores: Scores, place: Ints, k: int) -> tuple[Ints, Scores]:
+    """The k closest positives among candidates, closest first, ties by stimulus id."""
+    order = np.lexsort((place[rows], -scores.closeness))
+    order = order[scores.positive[order]][:k]
+    return rows[order], scores.at(order)
+
+
+def exhaustive(queries: Floats, corpus: Corpus, k: int, block: int = 4_096, tile: int = 64) -> Found:
+    """The k nearest by a float64 pass over the whole corpus: slow, for queries that rounding left open."""
+    found = Found([], [])
+    for first in range(0, len(queries), tile):
+        asked = queries[first : first + tile]
+        best = [(np.empty(0, np.int64), Scores(np.empty(0), np.empty(0))) for _ in asked]
+        for start in range(0, len(corpus), block):
+            _merge_exactly(asked, corpus, start, min(start + block, len(corpus)), k, best)
+        found.rows.extend(rows for rows, _ in best)
+        found.scores.extend(scores for _, scores in best)
+    return found
+
+
+def _merge_exactly(
+    asked: Floats, corpus: Corpus, start: int, stop: int, k: int, best: list[tuple[Ints, Scores]]
+) -> None:
+    rough = Scores(
+        *(
+            asked.astype(np.float64) @ side.slice(start, stop).astype(np.float64).T
+            for side in (corpus.images, corpus.texts)
+        )
+    )
+    product, tiny = rough.closeness, 1e-10  # far above what float64 sums in another order can differ by
+    possible = (rough.image > -tiny) & (rough.text > -tiny)
+    for query, (rows, scores) in enumerate(best):
+        bar = scores.closeness[-1] * (1 - 1e-6) - tiny if len(rows) == k else -1.0
+        fresh = start + np.flatnonzero(possible[query] & (product[query] >= bar))
+        exact = exact_scores(asked, corpus, np.full(len(fresh), query), fresh)
+        both = Scores(*(np.concatenate(pair) for pair in zip(scores, exact, strict=True)))
+        best[query] = _ranked(np.concatenate([rows, fresh]), both, corpus.place, k)
+
+
+def draw_pool(n: int, size: int, seed: int) -> Ints:
+    """Rows of the pool of negatives, one for all concepts: `size` of `n`, rising."""
+    rows: Ints = np.random.default_rng([seed, 4]).permutation(n)[:size]
+    return np.sort(rows)
+
+
+def draw_places(concept_id: str, n_pool: int, n_negative: int, seed: int) -> Ints:
+    """Places in the pool in the order in which a concept's negatives are tried, from (seed, concept_id).
+
+    Long enough that `n_negative` of them lie in the farther half (one in two does), short for a small pool.
+    """
+    digest = hashlib.sha256(f"{seed}\0{concept_id}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    places: Ints = rng.choice(n_pool, size=min(n_pool, WALK * n_negative), replace=False)
+    return places
+
+
+def cosines(queries: Floats, images: Floats, texts: Floats) -> Scores:
+    """Float64 cosines [n, m] of queries [n, d] with m stimuli [m, d]; for a handful, not for a corpus."""
+    asked, *sides = (np.asarray(rows, dtype=np.float64) for rows in (queries, images, texts))
+    return Scores(*(asked @ side.T for side in sides))
