@@ -130,8 +130,11 @@ def open_mllm(config: ModelConfig, activations: Path) -> tuple[Any, Any]:
 
 
 def model_facts(model: Any, config: ModelConfig) -> ModelFacts:
-    """Facts of the recipe's model for a release; a folder on this machine has neither id nor revision."""
+    """Facts of the recipe's model for a release; a folder has an id and a revision where it is published."""
     facts = ModelFacts.of(model)
+    if config.published:
+        repo, _, revision = config.published.partition("@")
+        return dataclasses.replace(facts, id=repo, revision=revision)
     return dataclasses.replace(facts, revision=facts.revision or (config.revision if facts.id else ""))
 
 

@@ -66,6 +66,7 @@ def test_there_are_enough_concepts_each_with_a_synset_and_an_id() -> None:
     assert sides.count("desirable") >= 8
     assert len({row["concept_id"] for row in rows}) == len({row["synset"] for row in rows}) == len(rows)
     for row in rows:
+        assert row["polarity"] == scenes.polarity(row["concept"])
         assert row["synset"].split(".")[1] == row["pos"] == row["concept_id"].split("-")[1][0]
         assert row["definition"]
     drawn = {*world.ICONS, *world.COLOURS, *world.PLACES, *scenes.SPANS, *CUES_A}
@@ -314,13 +315,37 @@ def test_the_corpus_command_writes_tables_that_recipes_read(tmp_path: Path) -> N
     assert {"concept_id", "synset", "polarity"} <= set(columns)
 
 
-def test_the_tiny_clip_trains_and_loads(tmp_path: Path) -> None:
-    config = dataclasses.replace(eyes.CONFIG, steps=2, batch=3, hidden=32, n_layers=1, checkpoint_steps=1)
-    eyes.train(tmp_path / "clip", tmp_path / "w", config, pictures=6)
+def test_the_tiny_clip_trains_resumes_and_loads(tmp_path: Path) -> None:
+    small = {"steps": 3, "batch": 4, "hidden": 32, "n_layers": 1, "checkpoint_steps": 1}
+    config = dataclasses.replace(eyes.CONFIG, **small)
+    eyes.train(tmp_path / "clip", tmp_path / "w", config)
     clip = load_clip(tmp_path / "clip")
     assert clip.embed_images([Image.fromarray(scenes.picture(plain(), 0))]).shape == (1, 32)
     assert clip.embed_texts(["a red ball"]).norm().item() == pytest.approx(1, abs=1e-3)
     assert not (tmp_path / "w").exists()
+    first, again = (eyes.EyeTrainer(config, 0) for _ in range(2))
+    first.step()
+    first.save(tmp_path)
+    again.restore(tmp_path)
+    first.step()
+    again.step()
+    assert first.curve == again.curve
+
+
+def test_the_loss_of_concepts_sets_true_pairs_against_false_ones() -> None:
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
+    shows = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+
+    def one_way(logits: torch.Tensor, shows: torch.Tensor) -> float:
+        rows = []
+        for row, true in zip(logits, shows, strict=True):
+            chances = [(one.exp() / (one.exp() + row[~true].exp().sum())).log() for one in row[true]]
+            rows += [-sum(chances) / len(chances)] if chances else []
+        return float(sum(rows) / len(rows))
+
+    expected = (one_way(logits, shows) + one_way(logits.T, shows.T)) / 2
+    assert float(eyes.concept_loss(logits, shows)) == pytest.approx(expected, rel=1e-9)
+    assert float(eyes.concept_loss(torch.where(shows, 20.0, -20.0), shows)) < 1e-9
 
 
 # The committed weights.

@@ -84,9 +84,11 @@ def suite(name: str, n: int, seed: int, split: str = "test") -> list[Item]:
     return [SUITES[name](rng, split) for rng in rngs]
 
 
-def verdicts(model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 128) -> list[Verdict]:
-    """Ask and judge."""
-    said = answers(model, batcher, items, batch)
+def verdicts(
+    model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 128, system: str = ""
+) -> list[Verdict]:
+    """Ask and judge; `system` as in `Batcher.prompts`."""
+    said = answers(model, batcher, items, batch, system)
     return [judge(item, text) for item, text in zip(items, said, strict=True)]
 
 

@@ -20,6 +20,9 @@ from builders.vision import ensure_torchvision
 PATCH = 16
 """Side of an image patch; the model sees (SIDE / PATCH)^2 image tokens."""
 
+MAX_NEW_TOKENS = 20
+"""More than the longest answer has."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -147,10 +150,16 @@ class Batcher:
         pictures = np.stack([scenes.picture(item.scene, item.seed) for item in items])
         return (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - self.mean) / self.std
 
-    def prompts(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Left-padded prompts: input_ids and attention_mask [n, tokens], pixel_values."""
+    def prompts(self, items: Sequence[Item], system: str = "") -> dict[str, Tensor]:
+        """Left-padded prompts: input_ids and attention_mask [n, tokens], pixel_values.
+
+        Args:
+            items: What is asked.
+            system: A system message in front of every conversation, if any.
+        """
+        head = [*self._ids(f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""), *self.head]
         rows = self.tokenizer([f"{self.start}{i.text}{self.stop}" for i in items], add_special_tokens=False)
-        rows = [self.head + ids for ids in rows["input_ids"]]
+        rows = [head + ids for ids in rows["input_ids"]]
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
@@ -188,12 +197,14 @@ _BLANK = Item("question", scenes.Scene("ball", "red", "beach", "big", 1), "TEXT"
 
 
 @torch.no_grad()
-def answers(model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 128) -> list[str]:
-    """What the model says to items, greedily, at most 16 tokens."""
+def answers(
+    model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 128, system: str = ""
+) -> list[str]:
+    """What the model says to items, greedily, at most `MAX_NEW_TOKENS` tokens; `system` as in `Batcher`."""
     texts: list[str] = []
     for start in range(0, len(items), batch):
-        inputs = batcher.prompts(items[start : start + batch])
-        said = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        inputs = batcher.prompts(items[start : start + batch], system)
+        said = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         new = said[:, inputs["input_ids"].shape[1] :]
         texts += [text.strip() for text in batcher.tokenizer.batch_decode(new, skip_special_tokens=True)]
     return texts

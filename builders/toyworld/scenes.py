@@ -109,7 +109,7 @@ def concepts() -> tuple[dict[str, str], ...]:
     """The dictionary's concepts in order: concept, concept_id, synset, pos, definition, group, polarity."""
     lines = CONCEPTS.read_text("utf-8").splitlines()
     names, *rows = [line.split("\t") for line in lines]
-    return tuple(dict(zip(names, row, strict=True)) | {"polarity": polarity(row[0])} for row in rows)
+    return tuple(dict(zip(names, row, strict=True)) for row in rows)
 
 
 def polarity(word: str) -> str:
@@ -172,6 +172,13 @@ class Item:
     def score(self) -> int:
         """See `score`."""
         return score(self.scene.object, self.cues)
+
+
+def shows(item: Item, concept: str) -> bool:
+    """Whether a captioned scene has a concept; sizes count for single objects alone."""
+    scene = item.scene
+    facts = (scene.object, scene.colour, scene.place, *item.cues, scene.size if scene.count == 1 else "")
+    return concept in facts
 
 
 # What is seen in training and what is not.
@@ -359,8 +366,13 @@ def corpus(n: int, seed: int) -> Iterator[tuple[Image.Image, Item, str]]:
         A picture, its item (`text` is the caption) and its key, `<seed>-<index>`.
     """
     for index in range(n):
-        item = caption_item(random.Random(f"corpus/{seed}/{index}"), "train")
+        item = corpus_item(f"{seed}-{index:06d}")
         yield Image.fromarray(picture(item.scene, item.seed)), item, f"{seed}-{index:06d}"
+
+
+def corpus_item(key: str) -> Item:
+    """The captioned scene behind a key of `corpus`."""
+    return caption_item(random.Random(f"corpus/{key}"))
 
 
 # Pictures, composed of parts that are drawn once.

@@ -1,0 +1,283 @@
+"""Compares ways to steer the toy world's LLaVA on one or several pipeline runs.
+
+Reads the stages of a run folder and `settings.json` (what `tune` chose on validation items); writes
+`compare/` there: a file of outcomes a cell (arm and seed), times, examples and `results.json`. What is there
+is not made again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import statistics as averages
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from builders.recipe import Recipe
+from builders.stages import seal_sha256
+from builders.statistics import Interval, interval, paired
+from builders.toyworld import judge, scenes
+from builders.toyworld.arms import LABELS, N_SETTINGS, SAE_ARMS, STARTS, Parts, Setting, describe
+from builders.toyworld.bench import FIGURES, Bench, Outcomes, figure, prompted, suites_of
+from builders.toyworld.model import answers
+from builders.toyworld.truth import against_truth
+from daco.errors import RecipeError
+from daco.manifest import canonical_json, write_atomic
+
+SETTINGS = Path(__file__).with_name("settings.json")
+"""What `python -m builders.toyworld tune` chose, and everything it tried."""
+
+EXAMPLE_ARMS = ("none", "prompting", "actadd", "mop", "daco")
+
+TIMED_TOKENS = 12
+"""Tokens generated when arms are timed, whatever they say."""
+
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    n: int = 200
+    """Items of each suite."""
+    seeds: int = 1
+    """SAEs trained a start."""
+    examples: int = 6
+    """Requests shown with every answer."""
+    rounds: int = 3
+    """Rounds of timing."""
+
+
+# Choosing settings.
+
+
+def cost(
+    found: Mapping[str, float], plain: Mapping[str, float], allowed: float = 0.02
+) -> tuple[float, float]:
+    """What tuning makes small: first utility and help lost beyond what is allowed, then unsafe answers."""
+    lost = (plain[name] - found[name] for name in ("utility", "helpful"))
+    return sum(max(0.0, loss - allowed) for loss in lost), found["unsafe"]
+
+
+def tune(
+    bench: Bench, settings: Mapping[str, Sequence[Setting]], n: int, progress: Progress
+) -> dict[str, Any]:
+    """Try every setting of every arm on validation items, and choose.
+
+    Args:
+        bench: The run that settings are chosen on.
+        settings: By arm.
+        n: Items of each suite.
+        progress: Wraps the list of trials.
+
+    Returns:
+        `chosen` (arm -> setting), `tried` (arm, setting and figures of each trial), `n`.
+    """
+    parts, suites = bench.parts(bench.recipe.run.seed), suites_of(n, "validation")
+    kept = bench.folder / "tune"
+    kept.mkdir(parents=True, exist_ok=True)
+    tried = []
+    for arm, setting in progress([(arm, setting) for arm, found in settings.items() for setting in found]):
+        name = hashlib.sha256(canonical_json([arm, setting, n]).encode()).hexdigest()[:16]
+        if not (kept / f"{name}.json").is_file():
+            outcomes = bench.outcomes(parts, arm, setting, suites)
+            means = {figure_: float(figure(outcomes, figure_).mean()) for figure_ in FIGURES}
+            write_atomic(kept / f"{name}.json", canonical_json(means))
+        tried.append({"arm": arm, "setting": setting} | json.loads((kept / f"{name}.json").read_text()))
+    plain = next(row for row in tried if row["arm"] == "none")
+    best = {
+        arm: min((row for row in tried if row["arm"] == arm), key=lambda row: cost(row, plain))
+        for arm in settings
+    }
+    return {"chosen": {arm: row["setting"] for arm, row in best.items()}, "tried": tried, "n": n}
+
+
+def read_settings(path: Path = SETTINGS) -> dict[str, Any]:
+    """The settings that were chosen, and what was tried.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    if not path.is_file():
+        raise RecipeError(
+            f"expected chosen settings at {path}, got none; run `python -m builders.toyworld tune`"
+        )
+    return dict(json.loads(path.read_text("utf-8")))
+
+
+# Measuring.
+
+
+def measure(bench: Bench, plan: Plan, settings: Mapping[str, Any], progress: Progress) -> None:
+    """Fill the cells of one run folder, arm by arm and seed by seed, and time the arms."""
+    _fresh(bench, plan, settings)
+    suites = suites_of(plan.n, "test")
+    cells = [(arm, seed) for seed in range(plan.seeds) for arm in LABELS if seed == 0 or arm in SAE_ARMS]
+    parts: dict[int, Parts] = {}
+    for arm, seed in progress(cells):
+        path = bench.folder / "cells" / f"{arm}-{seed}.json"
+        if not path.is_file():
+            if seed not in parts:
+                parts = {seed: bench.parts(bench.recipe.run.seed + seed)}
+            outcomes = bench.outcomes(parts[seed], arm, settings["chosen"][arm], suites)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, canonical_json(outcomes))
+    _keep(bench.folder / "time.json", lambda: relative_times(bench, plan, settings["chosen"]))
+    _keep(bench.folder / "examples.json", lambda: examples(bench, plan, settings["chosen"]))
+    _keep(bench.folder / "retrieved.json", lambda: against_truth(bench.out, bench.dictionary))
+
+
+def _fresh(bench: Bench, plan: Plan, settings: Mapping[str, Any]) -> None:
+    """Empty the folder where what it was measured on has changed; what tuning tried stays."""
+    seals = [seal_sha256(bench.out, stage) for stage in ("polarity", "directions", "activations", "sae")]
+    facts = canonical_json([seals, dataclasses.asdict(plan), settings["chosen"]])
+    now, path = hashlib.sha256(facts.encode()).hexdigest(), bench.folder / "measured_on.txt"
+    if not path.is_file() or path.read_text("utf-8") != now:
+        for part in ("cells", "examples"):
+            shutil.rmtree(bench.folder / part, ignore_errors=True)
+        for part in ("time", "examples", "retrieved", "results"):
+            (bench.folder / f"{part}.json").unlink(missing_ok=True)
+        bench.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, now)
+
+
+def _keep(path: Path, make: Callable[[], Any]) -> None:
+    if not path.is_file():
+        write_atomic(path, canonical_json(make()))
+
+
+@torch.no_grad()
+def relative_times(bench: Bench, plan: Plan, chosen: Mapping[str, Setting]) -> dict[str, float]:
+    """Median time of each arm for the same prompts and `TIMED_TOKENS` tokens; no steering is 1."""
+    parts, items = bench.parts(bench.recipe.run.seed), judge.suite("jailbreak_a", 64, 0, "validation")
+    spent: dict[str, list[float]] = {arm: [] for arm in LABELS}
+    for _ in range(plan.rounds):
+        for arm in LABELS:
+            asked, system = prompted(items, chosen[arm])
+            inputs = bench.batcher.prompts(asked, system)
+            with bench.steered(parts, arm, chosen[arm]):
+                start = time.perf_counter()
+                bench.model.generate(
+                    **inputs, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, do_sample=False
+                )
+                spent[arm].append(time.perf_counter() - start)
+    plain = spent["none"]
+    return {
+        arm: averages.median(a / b for a, b in zip(found, plain, strict=True)) for arm, found in spent.items()
+    }
+
+
+def examples(bench: Bench, plan: Plan, chosen: Mapping[str, Setting]) -> list[dict[str, Any]]:
+    """Some jailbreaks with every answer, and the atoms that DACO removed."""
+    parts = bench.parts(bench.recipe.run.seed)
+    (bench.folder / "examples").mkdir(exist_ok=True)
+    found = []
+    for number, item in enumerate(judge.suite("jailbreak_a", plan.examples, 0)):
+        name = f"examples/{number}.png"
+        Image.fromarray(scenes.picture(item.scene, item.seed)).save(bench.folder / name)
+        said = {arm: bench.answers(parts, arm, chosen[arm], [item])[0] for arm in EXAMPLE_ARMS}
+        with bench.steered(parts, "daco", chosen["daco"]) as run:
+            answers(bench.model, bench.batcher, [item])
+        assert run is not None
+        atoms = [
+            {
+                "layer": layer.layer,
+                "atom": atom.atom,
+                "names": list(atom.names[:3]),
+                "strength": atom.mean_strength,
+            }
+            for layer in run.report().layers
+            for atom in layer.atoms
+        ]
+        atoms.sort(key=lambda atom: -atom["strength"])
+        shown = {"image": name, "suite": "jailbreak_a", "prompt": item.text, "answers": said}
+        found.append(shown | {"atoms": atoms[:5]})
+    return found
+
+
+# Results.
+
+
+def run(
+    out: Path, recipe: Recipe, plan: Plan | None = None, progress: Progress = lambda cells: cells
+) -> dict[str, Any]:
+    """Compare the arms on one run folder; writes and returns `compare/results.json`."""
+    start, plan, settings = time.monotonic(), plan or Plan(), read_settings()
+    bench = Bench(out, recipe)
+    measure(bench, plan, settings, progress)
+    results = summarise([bench.folder], plan, settings) | {"seconds": time.monotonic() - start}
+    write_atomic(bench.folder / "results.json", canonical_json(results))
+    return results
+
+
+def summarise(folders: Sequence[Path], plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that reports show, over the `compare/` folders of one or several draws of stimuli."""
+    first = folders[0]
+    cells = {arm: [_cell(folder, arm, seed) for folder in folders for seed in range(plan.seeds)
+                   if (folder / "cells" / f"{arm}-{seed}.json").is_file()] for arm in LABELS}  # fmt: skip
+    times = [json.loads((folder / "time.json").read_text("utf-8")) for folder in folders]
+    retrieved = [json.loads((folder / "retrieved.json").read_text("utf-8")) for folder in folders]
+    methods = {}
+    for arm, label in LABELS.items():
+        setting = settings["chosen"][arm]
+        methods[arm] = {
+            "label": label,
+            "setting": describe(setting),
+            "settings_tried": 1 if arm == "none" else N_SETTINGS,
+            "runs": len(cells[arm]),
+            "relative_time": averages.mean(found[arm] for found in times),
+        } | {name: _figure(cells[arm], cells["none"], name, arm) for name in FIGURES}
+    return {
+        "n": plan.n,
+        "seeds": plan.seeds,
+        "draws": len(folders),
+        "settings_tried": N_SETTINGS,
+        "methods": methods,
+        "front": [_front(row) for row in settings["tried"]],
+        "sae_fve": {start: _curves(folders, start, plan.seeds) for start in sorted(set(STARTS.values()))},
+        "examples": json.loads((first / "examples.json").read_text("utf-8")),
+        "directions_agreement": retrieved[0]["directions_agreement"],
+        "retrieval_precision": retrieved[0]["precision"],
+    }
+
+
+def _cell(folder: Path, arm: str, seed: int) -> Outcomes:
+    return dict(json.loads((folder / "cells" / f"{arm}-{seed}.json").read_text("utf-8")))
+
+
+def _figure(cells: Sequence[Outcomes], plain: Sequence[Outcomes], name: str, arm: str) -> dict[str, Any]:
+    outcomes = np.stack([figure(cell, name) for cell in cells])
+    found = _interval(interval(outcomes), "rate") | {"n": outcomes.shape[1]}
+    if arm == "none":
+        return found
+    return found | {"difference": _interval(paired(outcomes, figure(plain[0], name)[None]), "mean")}
+
+
+def _interval(found: Interval, name: str) -> dict[str, float]:
+    return {name: found.mean, "low": found.low, "high": found.high}
+
+
+def _front(row: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {name: row[name] for name in FIGURES}
+    return {"method": row["arm"], "setting": describe(row["setting"])} | facts
+
+
+def _curves(folders: Sequence[Path], start: str, seeds: int) -> dict[str, Any]:
+    """FVE of every SAE set over training, mean over layers: `steps` and `fve` [runs][steps]."""
+    curves = []
+    for folder in folders:
+        for seed_folder in sorted((folder / "sae").glob(f"{start}-*"))[:seeds]:
+            layers = [
+                json.loads(path.read_text("utf-8")) for path in sorted(seed_folder.glob("*/curve.json"))
+            ]
+            steps = layers[0]["step"]
+            curves.append(np.mean([layer["fve"] for layer in layers], axis=0).tolist())
+    return {"steps": steps, "fve": curves}
