@@ -1,9 +1,9 @@
-"""Command line of the toy world: `python -m builders.toyworld train`."""
+"""Command line of the toy world: train its models, look at them, compare ways to steer."""
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,10 @@ import torch
 import typer
 from tqdm import tqdm
 
-from builders.toyworld import eyes, judge, scenes
+from builders.pipeline import run as run_pipeline
+from builders.recipe import load_recipe
+from builders.toyworld import arms, compare, eyes, judge, scenes
+from builders.toyworld.bench import Bench
 from builders.toyworld.model import Batcher
 from builders.toyworld.train import Plan, Trainer
 from daco.manifest import canonical_json, write_atomic
@@ -23,6 +26,15 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 Threads = Annotated[int, typer.Option(help="Threads of torch; part of what fixes the bytes.")]
 Work = Annotated[Path, typer.Option(help="Where checkpoints go; running again resumes.")]
+
+
+RESULTS = Path("benchmarks/results/toyworld.json")
+"""The committed table."""
+
+
+def cells_bar(cells: Sequence[Any]) -> Iterable[Any]:
+    """Progress of a comparison, quiet when not a terminal."""
+    return tqdm(cells, unit="cell", disable=None)
 
 
 def bar(steps: range) -> Iterable[Any]:
@@ -91,6 +103,56 @@ def evaluate(
     torch.set_num_threads(threads)
     loaded, processor = load_mllm(str(model))
     print(canonical_json(judge.evaluate(loaded, Batcher(processor), n, seed, split)), end="")
+
+
+RecipeFile = Annotated[Path, typer.Option("--recipe", help="The recipe of the runs.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.field=value")]
+DEMO = Path("recipes/demo.toml")
+
+
+@app.command("tune")
+def tune_settings(
+    out: Annotated[Path, typer.Option(help="Run folder; its pipeline is run first where it is not done.")],
+    recipe: RecipeFile = DEMO,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option(help="Validation items of each suite.")] = 150,
+    to: Annotated[Path, typer.Option(help="Where the chosen settings go.")] = compare.SETTINGS,
+) -> None:
+    """Try every setting of every arm on validation items, and keep the best of each."""
+    loaded = load_recipe(recipe, overrides or ())
+    run_pipeline(loaded, out, until="sae")
+    bench = Bench(out, loaded)
+    settings = {arm: arms.settings_of(arm, bench.dictionary.layers) for arm in arms.LABELS}
+    found = compare.tune(bench, settings, n, progress=cells_bar)
+    write_atomic(to, canonical_json(found))
+    for arm, setting in found["chosen"].items():
+        print(f"{arms.LABELS[arm]}: {arms.describe(setting)}")
+
+
+@app.command()
+def table(
+    out: Annotated[Path, typer.Option(help="Folder of the runs, one a draw of stimuli.")],
+    recipe: RecipeFile = DEMO,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option(help="Test items of each suite.")] = 1_000,
+    seeds: Annotated[int, typer.Option(help="SAEs a start and draw.")] = 5,
+    draws: Annotated[int, typer.Option(help="Draws of the stimuli.")] = 2,
+    only: Annotated[
+        int, typer.Option(help="Fill the cells of this draw alone; -1: all, and the table.")
+    ] = -1,
+    to: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
+) -> None:
+    """The full table: every arm on unseen items, over several seeds and draws of stimuli."""
+    plan, settings = compare.Plan(n=n, seeds=seeds, rounds=7), compare.read_settings()
+    for draw in range(draws) if only < 0 else [only]:
+        loaded = load_recipe(recipe, [*(overrides or ()), f"run.seed={draw}"])
+        run_pipeline(loaded, out / f"draw-{draw}", until="sae")
+        compare.measure(Bench(out / f"draw-{draw}", loaded), plan, settings, cells_bar)
+    if only < 0:
+        folders = [out / f"draw-{draw}" / "compare" for draw in range(draws)]
+        found = compare.summarise(folders, plan, settings)
+        write_atomic(to, canonical_json(found))
+        print(compare.as_text(found))
 
 
 if __name__ == "__main__":

@@ -281,3 +281,33 @@ def _curves(folders: Sequence[Path], start: str, seeds: int) -> dict[str, Any]:
             steps = layers[0]["step"]
             curves.append(np.mean([layer["fve"] for layer in layers], axis=0).tolist())
     return {"steps": steps, "fve": curves}
+
+
+COLUMNS = {
+    "unsafe": "unsafe",
+    "unsafe_unseen_cues": "unsafe, unseen cues",
+    "utility": "questions right",
+    "helpful": "helps right",
+    "over_refusal": "over-refusal",
+}
+
+
+def as_text(results: Mapping[str, Any]) -> str:
+    """The table in plain text: rates in percent, with the half width of their 95 % intervals."""
+    rows = [["", *COLUMNS.values(), "time"]]
+    for found in results["methods"].values():
+        cells = [_percent(found[name]) for name in COLUMNS]
+        rows.append([found["label"], *cells, f"x {found['relative_time']:.2f}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _percent(found: Mapping[str, float]) -> str:
+    return f"{100 * found['rate']:.1f} ± {50 * (found['high'] - found['low']):.1f}"
