@@ -1,13 +1,14 @@
 """Token activations on disk: what a shard keeps, and how the SAE's stages read it.
 
 Writes nothing itself; reads `activations/facts.json` and the stage's shards (`tokens.safetensors`: `tokens`
-[t, n_layers, d_model], `norms` [t, n_layers], `n_tokens` [stimuli]; `ids.json`).
+[t, n_layers, d_model], `norms` [t, n_layers], `modality` [t], `n_tokens` [stimuli]; `ids.json`).
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from daco.errors import ActivationError
+
+MODALITIES = ("image", "prompt", "caption", "generated")
+"""What a token belongs to; a shard's `modality` holds their numbers."""
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -42,7 +46,7 @@ class TokenShards:
     """
 
     def __init__(self, shards: Sequence[Path], position: int, holdout: float, held: bool) -> None:
-        self.position = position
+        self.position, self.folders = position, list(shards)
         self.shards = [load_file(shard / "tokens.safetensors")["tokens"] for shard in shards]
         self.d_model = self.shards[0].shape[-1] if self.shards else 0
         spans = [_spans(shard, number, holdout, held) for number, shard in enumerate(shards)]
@@ -51,6 +55,15 @@ class TokenShards:
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    @cached_property
+    def modality(self) -> Tensor | None:
+        """Number in `MODALITIES` of every token, [len] uint8; None: a shard does not say."""
+        kinds = [load_file(shard / "tokens.safetensors").get("modality") for shard in self.folders]
+        if not kinds or any(kind is None for kind in kinds):
+            return None
+        parts = [kinds[shard][first : first + n] for shard, first, n in self.spans.tolist()]  # type: ignore[index]
+        return torch.cat(parts) if parts else None
 
     def rows(self, index: np.ndarray) -> Tensor:
         """The tokens of these numbers `[n]`, as `[n, d_model]` float32."""
@@ -96,7 +109,12 @@ def median_norms(shards: Sequence[Path], n_layers: int, holdout: float) -> list[
 
 
 def keep_tokens(
-    ids: Sequence[str], tokens: Sequence[Tensor], max_norm: float, at_most: int = 0, seed: int = 0
+    ids: Sequence[str],
+    tokens: Sequence[Tensor],
+    max_norm: float,
+    at_most: int = 0,
+    seed: int = 0,
+    modality: Sequence[Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Counter[str]]:
     """Drop norm outliers of a shard and draw at most so many tokens a stimulus.
 
@@ -106,10 +124,11 @@ def keep_tokens(
         max_norm: A token goes where, at any layer, its norm is over this multiple of the shard's median.
         at_most: Tokens kept a stimulus; 0 = all.
         seed: With the stimulus's id, draws them.
+        modality: One a stimulus: [tokens] uint8, numbers in `MODALITIES`.
 
     Returns:
-        `tokens` [t, n_layers, d_model] in the order of stimuli, `norms` [t, n_layers] float32 and `n_tokens`
-        [stimuli]; and how many were left out, by reason.
+        `tokens` [t, n_layers, d_model] in the order of stimuli, `norms` [t, n_layers] float32, `n_tokens`
+        [stimuli] and, where given, `modality` [t]; and how many were left out, by reason.
     """
     norms = [z.float().norm(dim=-1) for z in tokens]
     limit = max_norm * _median(torch.cat(norms))
@@ -124,6 +143,8 @@ def keep_tokens(
         "norms": torch.cat([n[rows] for n, rows in zip(norms, kept, strict=True)]),
         "n_tokens": torch.tensor([len(rows) for rows in kept]),
     }
+    if modality is not None:
+        tensors["modality"] = torch.cat([kind[rows] for kind, rows in zip(modality, kept, strict=True)])
     return tensors, left_out
 
 

@@ -1,34 +1,42 @@
 """Train one sparse autoencoder a layer on the token activations, started from the dictionary of concepts.
 
 Reads `activations/shards/*/tokens.safetensors` and `directions/directions.safetensors`; writes
-`sae/layers.<L>/sae_weights.safetensors`, `training.parquet` and `facts.json`.
+`sae/layers.<L>/sae_weights.safetensors`, `training.parquet` and `facts.json`. The losses are in
+`builders.sae_losses`, the fast step in `builders.sae_step`, the start in `builders.sae_start`.
 """
 
 import dataclasses
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builders.recipe import SaeConfig, check_k
+from builders.sae_losses import Weights
+from builders.sae_metrics import Agreement, Drift, Measured, agreement, calibrated_threshold, drift, measure
+from builders.sae_start import Tokens, started, unit_rows
+from builders.sae_step import Gradients, Step
 from builders.stages import Work
 from builders.tokens import TokenShards, read_facts
-from daco.errors import ActivationError, ModelMismatchError, RecipeError
+from daco.errors import ActivationError, RecipeError
 from daco.manifest import canonical_json, write_atomic
 from daco.sae import SAE
 from daco.tables import table_of, write_table
 
 WARM_UP = 0.05
 """Share of the steps over which the learning rate rises linearly."""
+RECENT = 100
+"""Steps over which BatchTopK's threshold is the mean of the smallest kept pre-activation."""
+DEAD_STEPS = 20
+"""Steps between looks for dead atoms, so that a GPU is not waited for at each."""
 
 TRAINING = pa.schema(
     [
@@ -39,292 +47,191 @@ TRAINING = pa.schema(
         ("l0", pa.float64()),
         ("dead", pa.int32()),
         ("tokens", pa.int64()),
+        ("dense", pa.int32()),
+        ("fve_image", pa.float64()),
+        ("fve_prompt", pa.float64()),
+        ("fve_caption", pa.float64()),
+        ("fve_generated", pa.float64()),
+        ("own", pa.int32()),
+        ("drift_cos", pa.float64()),
     ]
 )
-"""One row per measurement: loss of the step's batch; FVE, L0 and dead atoms on `tokens` held-out tokens."""
-
-Weights = dict[str, Tensor]
-"""W_enc [d, m], b_enc [m], W_dec [m, d], b_dec [d]."""
-
-
-class Tokens(Protocol):
-    """Rows of activations; `builders.activations.TokenShards` is one."""
-
-    d_model: int
-
-    def __len__(self) -> int: ...
-
-    def rows(self, index: np.ndarray) -> Tensor:
-        """The rows of these numbers, [n, d_model] float32."""
-
-    def blocks(self, size: int) -> Iterator[Tensor]:
-        """All rows in order, [<= size, d_model] float32 at a time."""
-
-
-class Code(NamedTuple):
-    """Active atoms of a batch."""
-
-    values: Tensor
-    """[batch, k] (TopK) or [batch, m] (ReLU), float32."""
-    atoms: Tensor | None
-    """[batch, k] atom of each value; None: value i is atom i's."""
-
-
-class Measured(NamedTuple):
-    """What held-out tokens say of an SAE."""
-
-    fve: float
-    """Fraction of variance explained, relative to the held-out tokens' own mean."""
-    l0: float
-    """Mean number of active atoms a token."""
-    dead: int
-    """Atoms that never fired."""
-    tokens: int
-    """Held-out tokens measured."""
-
-
-def encode(x: Tensor, weights: Mapping[str, Tensor], activation: str, k: int) -> Code:
-    """Code of activations: ReLU, and for `topk` the k largest.
-
-    Args:
-        x: [batch, d_model].
-        weights: See `Weights`.
-        activation: `relu` or `topk`.
-        k: Active atoms of `topk`.
-    """
-    active = torch.relu((x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"])
-    return Code(active, None) if activation == "relu" else Code(*active.topk(k, dim=-1))
-
-
-def decode(code: Code, weights: Mapping[str, Tensor]) -> Tensor:
-    """Reconstruction of a code, [batch, d_model]; TopK reads only the k rows that are active."""
-    if code.atoms is None:
-        return code.values @ weights["W_dec"] + weights["b_dec"]
-    summed = F.embedding_bag(code.atoms, weights["W_dec"], per_sample_weights=code.values, mode="sum")
-    return summed + weights["b_dec"]
-
-
-def loss_of(x: Tensor, weights: Mapping[str, Tensor], activation: str, k: int, l1: float) -> Tensor:
-    """`mean ||x - x^||^2`, for ReLU plus `l1 * mean sum_i c_i ||W_dec[i]||`.
-
-    Args:
-        x: [batch, d_model], centred and scaled as the weights expect.
-        weights: See `Weights`.
-        activation: `relu` or `topk`.
-        k: Active atoms of `topk`.
-        l1: lambda of `relu`; `topk` has no penalty.
-
-    Returns:
-        A scalar.
-    """
-    code = encode(x, weights, activation, k)
-    squared = (x - decode(code, weights)).square().sum(-1)
-    if code.atoms is not None:
-        return squared.mean()
-    return (squared + l1 * code.values @ weights["W_dec"].norm(dim=1)).mean()
-
-
-def start_weights(mean: Tensor, n_atoms: int, directions: Tensor | None, rng: np.random.Generator) -> Weights:
-    """Decoder rows = unit directions, then random unit rows; the encoder is its transpose.
-
-    Args:
-        mean: [d_model], the mean activation, in the units that are trained on.
-        n_atoms: m.
-        directions: [n_concepts, d_model] raw, or None for a random start.
-        rng: Draws the random rows.
-
-    Raises:
-        RecipeError: fewer atoms than concepts.
-        ModelMismatchError: directions of another width.
-        ActivationError: a direction is zero or not finite.
-    """
-    d_model = len(mean)
-    rows = torch.empty(0, d_model) if directions is None else unit_rows(directions, d_model)
-    if len(rows) > n_atoms:
-        raise RecipeError(
-            f"sae.n_atoms: expected at least one atom a concept ({len(rows)}), got {n_atoms}; "
-            "raise n_atoms or use start = 'random'"
-        )
-    random = torch.from_numpy(rng.standard_normal((n_atoms - len(rows), d_model), dtype=np.float32))
-    W_dec = torch.cat([rows, F.normalize(random, dim=1)])
-    W_enc = W_dec.T.contiguous()
-    return {"W_enc": W_enc, "b_enc": torch.zeros(n_atoms), "W_dec": W_dec, "b_dec": mean.float().clone()}
-
-
-def unit_rows(directions: Tensor, d_model: int) -> Tensor:
-    """Directions divided by their norms; see `start_weights` for what it raises."""
-    if directions.shape[1] != d_model:
-        raise ModelMismatchError(
-            f"expected directions of width {d_model}, got {directions.shape[1]}; build them with this model"
-        )
-    norms = directions.double().norm(dim=1, keepdim=True)
-    bad = (~torch.isfinite(norms) | (norms == 0)).flatten().nonzero().flatten().tolist()
-    if bad:
-        raise ActivationError(
-            f"expected directions that are finite and not zero, got rows {bad[:5]} otherwise"
-        )
-    return (directions.double() / norms).float()
-
-
-def mean_and_scale(tokens: Tokens, block: int = 16_384) -> tuple[Tensor, float]:
-    """Mean activation [d_model] and `sqrt(mean ||z - mean||^2 / d)`, in float64.
-
-    Raises:
-        ActivationError: there are no tokens, they are not finite, or all are the same.
-    """
-    if not len(tokens):
-        raise ActivationError("expected training tokens, got none; lower sae.holdout or add stimuli")
-    total = torch.zeros(tokens.d_model, dtype=torch.float64)
-    for z in tokens.blocks(block):
-        total += z.double().sum(0)
-    mean = total / len(tokens)
-    spread = sum(float((z.double() - mean).square().sum()) for z in tokens.blocks(block))
-    scale = math.sqrt(spread / len(tokens) / tokens.d_model)
-    if not math.isfinite(scale) or scale == 0:
-        raise ActivationError(f"expected activations that differ and are finite, got a spread of {scale}")
-    return mean, scale
+"""One row per measurement: loss of the step's batch; fields of `Measured` and `Drift` on `tokens` held-out
+tokens, `own` and `drift_cos` null after a random start."""
 
 
 def exported(weights: Mapping[str, Tensor], scale: float) -> Weights:
-    """Weights for raw activations: the input scale is folded into the biases, the other two stay."""
-    folded = {"b_enc": weights["b_enc"] * scale, "b_dec": weights["b_dec"] * scale}
-    return {name: (folded.get(name, w)).detach().cpu().contiguous() for name, w in weights.items()}
-
-
-@torch.no_grad()
-def measure(
-    tokens: Tokens, weights: Mapping[str, Tensor], activation: str, k: int, limit: int = 0, block: int = 4_096
-) -> Measured:
-    """FVE, L0 and dead atoms of exported weights on (the first `limit`) held-out tokens.
-
-    Args:
-        tokens: Held-out rows.
-        weights: For raw activations; see `exported`.
-        activation: `relu` or `topk`.
-        k: Active atoms of `topk`.
-        limit: Read at most this many tokens; 0 = all.
-        block: Tokens at a time; part of what fixes the last digits.
-
-    Raises:
-        ActivationError: there are no tokens, or all are the same.
-    """
-    device = weights["W_dec"].device
-    total = squares = residual = active = 0.0
-    sums = torch.zeros(tokens.d_model, dtype=torch.float64, device=device)
-    fired = torch.zeros(len(weights["W_dec"]), dtype=torch.bool, device=device)
-    for z in _first(tokens, limit, block):
-        z = z.to(device)
-        code = encode(z, weights, activation, k)
-        residual += float((z - decode(code, weights)).double().square().sum())
-        sums, squares = sums + z.double().sum(0), squares + float(z.double().square().sum())
-        on = code.values > 0
-        active, total = active + float(on.sum()), total + len(z)
-        fired |= (
-            on.any(0) if code.atoms is None else torch.zeros_like(fired).index_fill(0, code.atoms[on], True)
-        )
-    return Measured(_fve(residual, squares, sums, total), active / total, int((~fired).sum()), int(total))
-
-
-def _first(tokens: Tokens, limit: int, block: int) -> Iterator[Tensor]:
-    left = limit or len(tokens)
-    for z in tokens.blocks(block):
-        if left <= 0:
-            return
-        yield z[:left]
-        left -= len(z)
-
-
-def _fve(residual: float, squares: float, sums: Tensor, total: float) -> float:
-    if not total:
-        raise ActivationError("expected held-out tokens, got none; raise sae.holdout or add stimuli")
-    spread = squares - float(sums.square().sum()) / total
-    if not spread > 0:
-        raise ActivationError(f"expected held-out activations that differ, got a spread of {spread}")
-    return 1 - residual / spread
+    """Weights for raw activations: the input scale is folded into biases and thresholds, the rest stays."""
+    folded = {
+        name: w.detach() * scale for name, w in weights.items() if name in ("b_enc", "b_dec", "threshold")
+    }
+    if "log_threshold" in weights:
+        folded["threshold"] = weights["log_threshold"].detach().exp() * scale
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    found = {name: folded.get(name, weights.get(name)) for name in names}
+    return {name: w.detach().cpu().contiguous() for name, w in found.items() if w is not None}
 
 
 class Training:
     """One SAE in training: weights, Adam, and the step it is at.
 
     Args:
-        weights: The start, in scaled units; see `start_weights`.
+        weights: The start, in scaled units; see `builders.sae_start.started`.
         scale: Activations are divided by it.
         config: The recipe's section.
+        concepts: [n, d_model] unit directions that the first atoms started as; None: a random start.
     """
 
-    def __init__(self, weights: Weights, scale: float, config: SaeConfig) -> None:
-        self.weights = {name: torch.nn.Parameter(w.clone()) for name, w in sorted(weights.items())}
-        self.scale, self.config, self.steps_done = scale, config, 0
+    def __init__(
+        self, weights: Mapping[str, Tensor], scale: float, config: SaeConfig, concepts: Tensor | None = None
+    ) -> None:
+        # the encoder lies transposed: an atom's weights side by side are what sparse gradients want
+        rows = {name: w.T if name == "W_enc" else w for name, w in sorted(weights.items())}
+        self.parameters = {
+            name: torch.nn.Parameter(w.detach().clone(memory_format=torch.contiguous_format))
+            for name, w in rows.items()
+        }
+        self.scale, self.config, self.concepts, self.steps_done = scale, config, concepts, 0
         self.records: list[dict[str, Any]] = []
-        self.adam = torch.optim.Adam(self.weights.values(), lr=config.learning_rate)
+        self.compute = Step(self.parameters, config, "" if config.select == "auto" else config.select)
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.compute.gradients[name]
+        self.adam = torch.optim.Adam(self.parameters.values(), lr=config.learning_rate, fused=True)
+        n_atoms, device = self.parameters["b_enc"].shape[0], self.parameters["b_enc"].device
+        self.state = {
+            "fired_at": torch.zeros(
+                n_atoms, dtype=torch.int64, device=device
+            ),  # step of each atom's last firing
+            "dead": torch.zeros(0, dtype=torch.int64, device=device),
+            "smallest": torch.zeros(RECENT, device=device),  # smallest kept values of the last batches
+        }
 
-    def step(self, z: Tensor) -> float:
-        """One step of Adam on raw activations [batch, d_model]; returns the loss.
+    @property
+    def weights(self) -> Weights:
+        """The weights as they stand, in scaled units; W_enc [d, m] is a view."""
+        return {name: p.T if name == "W_enc" else p for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def step(self, z: Tensor) -> Tensor:
+        """One step of Adam on raw activations [batch, d_model]; returns the loss, a scalar.
 
         Raises:
-            ActivationError: the loss is no longer finite; the weights are left as they were.
+            ActivationError: on a CPU, the loss is no longer finite; the weights are left as they were. (On a
+                GPU nothing waits for the loss; `check_finite` finds out at the next measurement.)
         """
-        loss = self.loss(z)
-        value = float(loss.detach())
-        self.check_finite(math.isfinite(value))
-        self.adam.zero_grad()
-        loss.backward()
-        W_dec = self.weights["W_dec"]
-        assert W_dec.grad is not None
-        with torch.no_grad():  # rows stay on the unit sphere: drop the radial part, then renormalise
-            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+        learned = self._learn(z)
+        if z.device.type == "cpu":
+            self.check_finite(bool(learned.loss.isfinite()))
+        self._note(learned)
+        self._average()
+        tangent(self.parameters["W_dec"].grad, self.parameters["W_dec"])
         self.adam.param_groups[0]["lr"] = learning_rate(self.steps_done, self.config)
         self.adam.step()
-        with torch.no_grad():
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
+        normalise(self.parameters["W_dec"])
         self.steps_done += 1
-        return value
+        return learned.loss
+
+    def loss(self, z: Tensor) -> Tensor:
+        """Loss of raw activations [batch, d_model], a scalar; nothing is changed."""
+        return self._learn(z).loss
+
+    def _learn(self, z: Tensor) -> Gradients:
+        c, dead = self.config, self.state["dead"] if self.config.aux_k else None
+        guess = 0.8 * self.threshold if c.activation == "batchtopk" else 0.0
+        return self.compute(z / self.scale, penalty(self.steps_done, c), guess, dead)
+
+    @property
+    def threshold(self) -> float:
+        """BatchTopK: mean of the smallest kept value of the last batches, scaled; 0 before the first."""
+        n = min(self.steps_done, RECENT)
+        return float(self.state["smallest"][:n].mean()) if n else 0.0
+
+    def _note(self, learned: Gradients) -> None:
+        """Remember which atoms fired, and how low BatchTopK had to go."""
+        values, atoms = learned.code.values, learned.code.atoms
+        if self.config.activation == "batchtopk":
+            lowest = (
+                torch.where(values > 0, values, torch.inf).amin() if len(values) else values.new_zeros(())
+            )
+            self.state["smallest"][self.steps_done % RECENT] = lowest.nan_to_num(posinf=0.0)
+        if not self.config.aux_k:
+            return
+        fired_at = self.state["fired_at"]
+        fired = torch.where(values > 0, self.steps_done + 1, 0)
+        fired_at.scatter_reduce_(0, atoms, fired, "amax")
+        if (self.steps_done + 1) % DEAD_STEPS == 0:
+            if dist.is_initialized():
+                dist.all_reduce(fired_at, dist.ReduceOp.MAX)
+            since = (self.steps_done + 1 - fired_at) * self.config.batch
+            self.state["dead"] = (since >= self.config.dead_tokens).nonzero().flatten()
+
+    def _average(self) -> None:
+        """The mean gradient over the processes of a torchrun, each of which had its share of the batch."""
+        if dist.is_initialized():
+            for gradient in self.compute.gradients.values():
+                dist.all_reduce(gradient)
+                gradient /= dist.get_world_size()
 
     def check_finite(self, finite: bool | None = None) -> None:
         """Raise ActivationError unless all weights (or what was looked at) are finite."""
         if finite is None:
-            finite = all(bool(w.isfinite().all()) for w in self.weights.values())
+            finite = all(bool(w.isfinite().all()) for w in self.parameters.values())
         if not finite:
             raise ActivationError(
                 f"expected finite numbers, got NaN or infinity after step {self.steps_done}; lower "
                 "sae.learning_rate or look for outliers in the activations; the last good checkpoint is kept"
             )
 
-    def loss(self, z: Tensor) -> Tensor:
-        """Loss of raw activations [batch, d_model], a scalar."""
-        c = self.config
-        return loss_of(z / self.scale, self.weights, c.activation, c.k, c.l1)
-
     def exported(self) -> Weights:
-        """The weights as they stand, for raw activations."""
-        return exported(self.weights, self.scale)
+        """The weights as they stand, for raw activations; `threshold` [m] with them where there is one."""
+        weights = self.weights
+        if self.config.activation == "batchtopk":
+            weights["threshold"] = torch.full_like(weights["b_enc"], self.threshold)
+        return exported(weights, self.scale)
 
     def save(self, folder: Path) -> None:
-        """Write weights, Adam's moments and the measurements so far; raises as `check_finite` does."""
+        """Write weights, Adam's moments, what was noted and measured; raises as `check_finite` does."""
         self.check_finite()
-        tensors = {name: w.detach().contiguous() for name, w in self.weights.items()}
-        for name, w in self.weights.items():
+        tensors = {name: w.detach().contiguous() for name, w in self.parameters.items()}
+        for name, w in self.parameters.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{moment}.{name}"] = self.adam.state[w][moment].contiguous()
-        save_file(tensors, folder / "training.safetensors")
+        save_file(tensors | self.state, folder / "training.safetensors")
         facts = {"steps_done": self.steps_done, "scale": self.scale, "records": self.records}
         write_atomic(folder / "training.json", canonical_json(facts))
 
     @classmethod
-    def load(cls, folder: Path, config: SaeConfig, device: str = "cpu") -> "Training":
+    def load(
+        cls, folder: Path, config: SaeConfig, device: str = "cpu", concepts: Tensor | None = None
+    ) -> "Training":
         """Continue from what `save` wrote, bit for bit."""
         tensors = load_file(folder / "training.safetensors", device=device)
         facts = json.loads((folder / "training.json").read_text("utf-8"))
-        names = ("W_dec", "W_enc", "b_dec", "b_enc")
-        training = cls({name: tensors[name] for name in names}, facts["scale"], config)
+        names = [name.removeprefix("exp_avg.") for name in tensors if name.startswith("exp_avg.")]
+        weights = {name: tensors[name].T if name == "W_enc" else tensors[name] for name in names}
+        training = cls(weights, facts["scale"], config, concepts)
         training.steps_done, training.records = facts["steps_done"], facts["records"]
-        for name, w in training.weights.items():
+        training.state = {name: tensors[name] for name in training.state}
+        for name, w in training.parameters.items():
             training.adam.state[w] = {
-                "step": torch.tensor(float(training.steps_done)),
+                "step": torch.tensor(float(training.steps_done), device=device),
                 "exp_avg": tensors[f"exp_avg.{name}"],
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
             }
         return training
+
+
+def tangent(gradient: Tensor | None, rows: Tensor, block: int = 2_048) -> None:
+    """Drop, in place, the part of a gradient [m, d] that would change the rows' norms; rows are unit."""
+    assert gradient is not None
+    for g, w in zip(gradient.split(block), rows.split(block), strict=True):
+        g.addcmul_(w, (g * w).sum(1, keepdim=True), value=-1)
+
+
+def normalise(rows: Tensor, block: int = 2_048) -> None:
+    """Scale rows [m, d] to norm 1, in place."""
+    for w in rows.split(block):
+        w /= w.norm(dim=1, keepdim=True)
 
 
 def learning_rate(step: int, config: SaeConfig) -> float:
@@ -332,9 +239,29 @@ def learning_rate(step: int, config: SaeConfig) -> float:
     return config.learning_rate * min(1.0, (step + 1) / max(1, round(WARM_UP * config.steps)))
 
 
+def penalty(step: int, config: SaeConfig) -> float:
+    """lambda of a 0-based step: rises linearly over the first `warm_up` of the steps."""
+    full = {"relu": config.l1, "jumprelu": config.l0}.get(config.activation, 0.0)
+    return full * min(1.0, (step + 1) / max(1, round(config.warm_up * config.steps)))
+
+
 def batch_index(seed: int, layer: int, step: int, size: int, n_tokens: int) -> np.ndarray:
     """Numbers of a batch's tokens, with replacement; of (seed, layer, step) alone, hence resumable."""
     return np.random.default_rng([seed, layer, step]).integers(n_tokens, size=size)
+
+
+def own_share(index: np.ndarray) -> np.ndarray:
+    """The part of a batch that this process of a torchrun takes; all of it where there is but one.
+
+    Raises:
+        RecipeError: the batch does not divide by the number of processes.
+    """
+    if not dist.is_initialized():
+        return index
+    world = dist.get_world_size()
+    if len(index) % world:
+        raise RecipeError(f"sae.batch: expected a multiple of the {world} processes, got {len(index)}")
+    return np.split(index, world)[dist.get_rank()]
 
 
 def train_sae(
@@ -351,6 +278,9 @@ def train_sae(
     device: str = "cpu",
 ) -> Training:
     """Train one SAE to the end of `config.steps`.
+
+    Under torchrun (with `torch.distributed` set up) every process takes its share of each batch; BatchTopK
+    then chooses its atoms within a share.
 
     Args:
         train: Tokens to train on.
@@ -369,13 +299,15 @@ def train_sae(
 
     Raises:
         RecipeError: k or the number of atoms is out of range.
-        ModelMismatchError, ActivationError: see `start_weights`, `mean_and_scale` and `Training.step`.
+        ModelMismatchError, ActivationError: see `builders.sae_start` and `Training.step`.
     """
     training = resume or _started(train, held_out, config, directions, seed, layer, device)
     for step in progress(range(training.steps_done, config.steps)):
-        loss = training.step(train.rows(batch_index(seed, layer, step, config.batch, len(train))).to(device))
+        index = own_share(batch_index(seed, layer, step, config.batch, len(train)))
+        loss = training.step(train.rows(index).to(device))
         if (step + 1) % config.eval_steps == 0 or step + 1 == config.steps:
-            _record(training, held_out, loss)
+            training.check_finite()
+            _record(training, held_out, float(loss))
         if (step + 1) % config.checkpoint_steps == 0 and step + 1 < config.steps:
             checkpoint(training)
     training.check_finite()
@@ -393,12 +325,12 @@ def _started(
 ) -> Training:
     n_atoms = config.n_atoms or default_atoms(0 if directions is None else len(directions))
     check_k(config, n_atoms)
-    mean, scale = mean_and_scale(train)
     rng = np.random.default_rng([seed, layer, config.steps + 1])  # a stream that no batch uses
-    weights = start_weights(mean / scale, n_atoms, directions, rng)
-    training = Training({name: w.to(device) for name, w in weights.items()}, scale, config)
+    weights, scale = started(train, dataclasses.replace(config, n_atoms=n_atoms), directions, rng)
+    concepts = None if directions is None else unit_rows(directions, train.d_model).to(device)
+    training = Training({name: w.to(device) for name, w in weights.items()}, scale, config, concepts)
     first = train.rows(batch_index(seed, layer, 0, config.batch, len(train))).to(device)
-    _record(training, held_out, float(training.loss(first).detach()))
+    _record(training, held_out, float(training.loss(first)))
     return training
 
 
@@ -416,11 +348,12 @@ def default_atoms(n_concepts: int) -> int:
 def _record(training: Training, held_out: Tokens, loss: float) -> None:
     config, step = training.config, training.steps_done
     limit = 0 if step == config.steps else config.eval_tokens
-    weights = exported(training.weights, training.scale)
-    measured = measure(held_out, weights, config.activation, config.k, limit)
-    training.records.append(
-        {"step": step, "tokens_seen": step * config.batch, "loss": loss, **measured._asdict()}
-    )
+    weights = training.exported()
+    found: dict[str, Any] = measure(held_out, weights, config, limit)._asdict()
+    found |= dict.fromkeys(Drift._fields)
+    if training.concepts is not None:
+        found |= drift(weights["W_dec"], training.concepts.cpu())._asdict()
+    training.records.append({"step": step, "tokens_seen": step * config.batch, "loss": loss, **found})
 
 
 def load_sae(folder: Path) -> SAE:
@@ -458,6 +391,8 @@ def _train_layer(work: Work, layer: int, train: TokenShards, held_out: TokenShar
     config = dataclasses.replace(work.recipe.sae, n_atoms=n_atoms)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kept = _checkpoints(work, layer)
+    directions = raw if config.start == "dictionary" else None
+    concepts = None if directions is None else unit_rows(directions, train.d_model).to(device)
 
     def checkpoint(training: Training) -> None:
         with work.shard(f"layer-{layer}-step-{training.steps_done:08d}") as folder:
@@ -469,22 +404,43 @@ def _train_layer(work: Work, layer: int, train: TokenShards, held_out: TokenShar
         train,
         held_out,
         config,
-        directions=raw if config.start == "dictionary" else None,
+        directions=directions,
         seed=work.seed,
         layer=layer,
-        resume=Training.load(kept[-1], config, device) if kept else None,
+        resume=Training.load(kept[-1], config, device, concepts) if kept else None,
         checkpoint=checkpoint,
         progress=lambda steps: work.progress(steps, unit="step"),
         device=device,
     )
-    _write_layer(work.folder / f"layers.{layer}", training, layer, len(train))
+    form = jump_form(training, train, held_out)
+    _write_layer(work.folder / f"layers.{layer}", training, layer, len(train), form)
 
 
 def _checkpoints(work: Work, layer: int) -> list[Path]:
     return [path for path in work.shards() if path.name.startswith(f"layer-{layer}-step-")]
 
 
-def _write_layer(folder: Path, training: Training, layer: int, n_tokens: int) -> None:
+def jump_form(training: Training, train: Tokens, held_out: Tokens) -> Agreement | None:
+    """The threshold of a TopK's or BatchTopK's JumpReLU form, and how it compares; None for the other two.
+
+    TopK's is calibrated on training tokens so that k atoms a token are active on average; BatchTopK's is the
+    mean of the smallest kept value of the last batches.
+    """
+    config, weights = training.config, training.exported()
+    if config.activation == "topk":
+        threshold = calibrated_threshold(train, weights, config.k)
+    elif config.activation == "batchtopk":
+        threshold = float(weights["threshold"][0])
+    else:
+        return None
+    return agreement(held_out, weights, config, threshold)
+
+
+RELEASED_AS = {"batchtopk": "jumprelu"}
+"""Activations that are released as another."""
+
+
+def _write_layer(folder: Path, training: Training, layer: int, n_tokens: int, form: Agreement | None) -> None:
     """Weights, measurements, and last the facts, which mean that the layer is complete."""
     folder.mkdir(exist_ok=True)
     weights, config, last = training.exported(), training.config, training.records[-1]
@@ -494,7 +450,8 @@ def _write_layer(folder: Path, training: Training, layer: int, n_tokens: int) ->
     write_table(folder / "training.parquet", table_of(training.records, TRAINING))
     facts = {
         "layer": layer,
-        "activation": config.activation,
+        "activation": RELEASED_AS.get(config.activation, config.activation),
+        "trained_as": config.activation,
         "k": config.k if config.activation == "topk" else None,
         "start": config.start,
         "d_model": weights["W_dec"].shape[1],
@@ -503,4 +460,6 @@ def _write_layer(folder: Path, training: Training, layer: int, n_tokens: int) ->
         "n_train_tokens": n_tokens,
         "fve_at_start": training.records[0]["fve"],
     }
-    write_atomic(folder / "facts.json", canonical_json(facts | {key: last[key] for key in Measured._fields}))
+    facts |= {key: last[key] for key in (*Measured._fields, *Drift._fields)}
+    facts |= form._asdict() if form else {}
+    write_atomic(folder / "facts.json", canonical_json(facts))

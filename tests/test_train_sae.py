@@ -1,12 +1,14 @@
-"""Proves the SAE loss and gradients against numpy, its export and start, and that killed training resumes."""
+"""Proves that SAEs train, that export folds their scale in, and that killed training resumes bit for bit."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sae_rows import ACTIVATIONS, CONFIG, Rows, dense, draw, random_weights
 from safetensors.torch import load_file, save_file
 from small_run import (
     D_MODEL,
@@ -21,123 +23,34 @@ from small_run import (
 )
 
 from builders import train_sae as stage
-from builders.recipe import SaeConfig
+from builders.sae_losses import code_of
+from builders.sae_metrics import encode
 from daco.errors import ActivationError, ModelMismatchError, RecipeError
 
-CONFIG = SaeConfig(n_atoms=37, k=3, steps=9, batch=17, eval_steps=4, checkpoint_steps=2, learning_rate=1e-2)
+
+def start(activation: str) -> dict[str, torch.Tensor]:
+    weights = {name: w.float() for name, w in random_weights(activation=activation).items()}
+    return weights | {"W_dec": torch.nn.functional.normalize(weights["W_dec"], dim=1)}
 
 
-class Rows:
-    """Tokens in memory."""
-
-    def __init__(self, z: torch.Tensor) -> None:
-        self.z, self.d_model = z, z.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.z)
-
-    def rows(self, index: np.ndarray) -> torch.Tensor:
-        return self.z[torch.from_numpy(index)]
-
-    def blocks(self, size: int):
-        return iter(self.z.split(size))
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def random_weights(m: int = 37, d: int = D_MODEL) -> dict[str, torch.Tensor]:
-    return {
-        "W_enc": draw(d, m, seed=1),
-        "b_enc": draw(m, seed=2),
-        "W_dec": draw(m, d, seed=3),
-        "b_dec": draw(d, seed=4),
-    }
-
-
-def naive(x: np.ndarray, w: dict[str, np.ndarray], activation: str, k: int, l1: float):
-    """Loss and gradients by hand, one row at a time."""
-    gradients = {name: np.zeros_like(value) for name, value in w.items()}
-    norms = np.sqrt((w["W_dec"] ** 2).sum(1))
-    l1 = l1 if activation == "relu" else 0.0
-    total, B = 0.0, len(x)
-    for row in x:
-        pre = (row - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-        on = pre > 0
-        if activation == "topk":
-            keep = sorted(range(len(pre)), key=lambda i: (-pre[i], i))[:k]
-            on &= np.isin(np.arange(len(pre)), keep)
-        c = np.where(on, pre, 0)
-        error = c @ w["W_dec"] + w["b_dec"] - row
-        total += (error**2).sum() + l1 * (c * norms).sum()
-        g = 2 * error / B
-        pulled = (g @ w["W_dec"].T + l1 / B * norms) * on
-        gradients["W_dec"] += np.outer(c, g) + l1 / B * (c / norms)[:, None] * w["W_dec"]
-        gradients["W_enc"] += np.outer(row - w["b_dec"], pulled)
-        gradients["b_enc"] += pulled
-        gradients["b_dec"] += g - w["W_enc"] @ pulled
-    return total / B, gradients
-
-
-@pytest.mark.parametrize(("activation", "l1"), [("relu", 0.3), ("relu", 0.0), ("topk", 0.3)])
-def test_loss_and_gradients_equal_the_naive_ones(activation, l1):
-    x, weights = draw(7, D_MODEL, seed=9), random_weights()
-    expected, gradients = naive(x.numpy(), {n: w.numpy() for n, w in weights.items()}, activation, 5, l1)
-    parameters = {name: w.clone().requires_grad_() for name, w in weights.items()}
-    loss = stage.loss_of(x, parameters, activation, 5, l1)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
-    for name, gradient in gradients.items():
-        np.testing.assert_allclose(
-            parameters[name].grad.numpy(), gradient, rtol=1e-10, atol=1e-11, err_msg=name
-        )
-
-
-def test_start_is_the_unit_dictionary_then_random_unit_rows():
-    raw, mean = draw(11, D_MODEL).float() * 7, draw(D_MODEL, seed=8)
-    weights = stage.start_weights(mean, 37, raw, np.random.default_rng(1))
-    torch.testing.assert_close(weights["W_dec"][:11], raw / raw.norm(dim=1, keepdim=True))
-    torch.testing.assert_close(weights["W_dec"].norm(dim=1), torch.ones(37))
-    assert torch.equal(weights["W_enc"], weights["W_dec"].T)
-    assert not weights["b_enc"].any()
-    torch.testing.assert_close(weights["b_dec"], mean.float())
-    again = stage.start_weights(mean, 37, None, np.random.default_rng(1))["W_dec"]
-    assert not torch.equal(again[:11], weights["W_dec"][:11])
-
-
-def test_export_folds_the_scale_in():
-    training = stage.Training({n: w.float() for n, w in random_weights().items()}, 12.5, CONFIG)
-    raw = training.exported()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_export_folds_the_scale_in(activation):
+    config = dataclasses.replace(CONFIG, activation=activation)
+    training = stage.Training(start(activation), 12.5, config)
     z = 40 * draw(7, D_MODEL, seed=5).float()
-    scaled = stage.encode(z / 12.5, training.weights, "topk", 3)
-    there = stage.encode(z, raw, "topk", 3)
-    assert torch.equal(scaled.atoms, there.atoms)
-    torch.testing.assert_close(12.5 * scaled.values, there.values, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(
-        12.5 * stage.decode(scaled, training.weights), stage.decode(there, raw), rtol=1e-4, atol=1e-3
+    if activation == "batchtopk":
+        training.step(z)
+    scaled = code_of(z / 12.5, training.weights, config)
+    raw = training.exported()
+    there = dense(encode(z, raw, config))
+    assert torch.equal(scaled > 0, there > 0)
+    torch.testing.assert_close(12.5 * scaled, there, rtol=1e-4, atol=1e-3)
+    assert set(raw) == {"W_enc", "b_enc", "W_dec", "b_dec"} | (
+        {"threshold"} if activation in ("batchtopk", "jumprelu") else set()
     )
 
 
-def test_mean_and_scale_and_measure_equal_the_naive_ones():
-    z = 3 * draw(29, D_MODEL).float() + 2
-    mean, scale = stage.mean_and_scale(Rows(z), block=4)
-    np.testing.assert_allclose(mean, z.double().mean(0))
-    assert scale == pytest.approx(math.sqrt(((z.double() - z.double().mean(0)) ** 2).sum(1).mean() / D_MODEL))
-    weights = {name: w.float() for name, w in random_weights().items()}
-    code = torch.relu((z - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"])
-    residual = ((z - code @ weights["W_dec"] - weights["b_dec"]) ** 2).sum()
-    found = stage.measure(Rows(z), weights, "relu", 0, block=4)
-    assert found.fve == pytest.approx(float(1 - residual / ((z - z.mean(0)) ** 2).sum()), rel=1e-5)
-    assert found.l0 == pytest.approx(float((code > 0).sum(1).float().mean()))
-    assert (found.dead, found.tokens) == (int((code == 0).all(0).sum()), 29)
-    topk = stage.measure(Rows(z), weights, "topk", 3, limit=10, block=4)
-    assert (topk.l0, topk.tokens) == (3.0, 10)
-    fired = stage.encode(z[:10], weights, "topk", 3).atoms.unique()
-    assert topk.dead == 37 - len(fired)
-
-
-@pytest.mark.parametrize("activation", ["relu", "topk"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_training_lowers_the_loss_and_keeps_unit_rows(activation):
     z = draw(90, 6) @ draw(6, D_MODEL, seed=2)
     config = dataclasses.replace(CONFIG, activation=activation, steps=60, eval_steps=60)
@@ -148,23 +61,34 @@ def test_training_lowers_the_loss_and_keeps_unit_rows(activation):
     assert trained.records[-1]["loss"] < 0.7 * trained.records[0]["loss"]
 
 
-def test_one_step_moves_weights_as_projected_adam_does():
-    """First step of Adam: every coordinate moves by lr against the sign of its (projected) gradient."""
-    start = {n: w.float() for n, w in random_weights().items()}
-    start["W_dec"] = torch.nn.functional.normalize(start["W_dec"], dim=1)
-    training = stage.Training(start, 2.0, dataclasses.replace(CONFIG, activation="relu", l1=0.1))
-    z = 2 * draw(7, D_MODEL, seed=5).float()
-    _, g = naive((z / 2).numpy(), {n: w.numpy() for n, w in start.items()}, "relu", 0, 0.1)
-    training.step(z)
-    rate = stage.learning_rate(0, CONFIG)
-    moved = start["W_enc"].numpy() - rate * np.sign(g["W_enc"])
-    np.testing.assert_allclose(training.weights["W_enc"].detach(), moved, atol=1e-5)
-    W = start["W_dec"].numpy()
-    tangent = g["W_dec"] - (g["W_dec"] * W).sum(1, keepdims=True) * W
-    stepped = W - rate * np.sign(tangent)
-    stepped /= np.linalg.norm(stepped, axis=1, keepdims=True)
-    clear = np.abs(tangent) > 1e-4  # a coordinate without gradient has no sign
-    np.testing.assert_allclose(training.weights["W_dec"].detach().numpy()[clear], stepped[clear], atol=1e-3)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_resumed_training_is_the_undisturbed_one_bit_for_bit(activation, tmp_path):
+    z = (draw(90, 6) @ draw(6, D_MODEL, seed=2)).float()
+    options = {"aux_k": 2, "dead_tokens": 34, "steps": 50, "eval_steps": 25, "checkpoint_steps": 21}
+    config = dataclasses.replace(CONFIG, activation=activation, **options)
+
+    def keep(training):
+        if training.steps_done == 21:
+            training.save(tmp_path)
+
+    whole = stage.train_sae(Rows(z), Rows(z[:20]), config, seed=1, checkpoint=keep)
+    halfway = stage.Training.load(tmp_path, config)
+    if activation in ("topk", "batchtopk"):
+        assert len(halfway.state["dead"]) > 0  # AuxK was at work
+    resumed = stage.train_sae(Rows(z), Rows(z[:20]), config, seed=1, resume=halfway)
+    assert resumed.records == whole.records
+    for name, w in whole.parameters.items():
+        assert torch.equal(w, resumed.parameters[name]), name
+        assert torch.equal(
+            whole.adam.state[w]["exp_avg_sq"], resumed.adam.state[resumed.parameters[name]]["exp_avg_sq"]
+        )
+
+
+def test_the_price_of_being_active_rises_over_the_warm_up():
+    config = dataclasses.replace(CONFIG, activation="relu", steps=100, warm_up=0.1, l1=2.0)
+    assert [stage.penalty(step, config) for step in (0, 4, 9, 50)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert stage.penalty(50, dataclasses.replace(config, activation="jumprelu", l0=3.0)) == 3.0
+    assert stage.penalty(50, dataclasses.replace(config, activation="topk")) == 0.0
 
 
 def test_warm_up_is_linear_over_five_percent_then_constant():
@@ -206,6 +130,13 @@ def test_stage_writes_weights_measurements_and_facts(upstream):
         table = pq.read_table(folder / "training.parquet").to_pylist()
         assert [row["step"] for row in table] == [0, 4, 8, 9]
         assert table[-1]["fve"] > table[0]["fve"]
+        assert table[0]["own"] == 11
+        assert table[0]["drift_cos"] == pytest.approx(1.0)
+        assert table[-1]["drift_cos"] < 1
+        facts = json.loads((folder / "facts.json").read_text())
+        assert facts["threshold"] > 0
+        assert 0.3 < facts["agreement"] <= 1
+        assert facts["threshold_l0"] == pytest.approx(3, abs=1.5)
     assert not (upstream / "sae" / "shards").exists()
 
 
@@ -228,6 +159,22 @@ def test_dictionary_start_beats_random_start(upstream):
         return pq.read_table(upstream / "sae" / "layers.1" / "training.parquet")["fve"][0].as_py()
 
     assert fve_at_start() > fve_at_start(start="random") + 0.1
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+def test_every_activation_is_written_in_a_form_that_can_be_used(upstream, activation):
+    trained(upstream, activation=activation)
+    folder = upstream / "sae" / "layers.1"
+    sae, facts = stage.load_sae(folder), json.loads((folder / "facts.json").read_text())
+    assert sae.activation == {"batchtopk": "jumprelu"}.get(activation, activation)
+    assert facts["trained_as"] == activation
+    z = Rows(draw(20, D_MODEL).float())
+    assert sae.encode(5 * z.z).shape == (20, 37)
+    if activation == "batchtopk":
+        assert 0 < facts["agreement"] <= 1
+        assert sae.threshold.unique().numel() == 1
+    else:
+        assert "agreement" not in facts
 
 
 def test_atoms_default_to_concepts_rounded_up(upstream):
@@ -257,14 +204,6 @@ def test_dictionary_of_another_width_is_refused(upstream):
         trained(upstream)
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan])
-def test_zero_or_infinite_directions_are_refused(value):
-    raw = torch.ones(3, D_MODEL)
-    raw[1] = value
-    with pytest.raises(ActivationError, match=r"got rows \[1\] otherwise"):
-        stage.start_weights(torch.zeros(D_MODEL), 5, raw, np.random.default_rng(0))
-
-
 def test_nan_stops_training_and_keeps_the_last_good_checkpoint(upstream, monkeypatch):
     real = stage.batch_index
 
@@ -279,11 +218,6 @@ def test_nan_stops_training_and_keeps_the_last_good_checkpoint(upstream, monkeyp
     kept = [*(upstream / "sae" / "shards").glob("layer-1-*")]
     assert [path.name for path in kept] == ["layer-1-step-00000004"]
     assert all(w.isfinite().all() for w in load_file(kept[0] / "training.safetensors").values())
-
-
-def test_activations_that_do_not_differ_are_refused():
-    with pytest.raises(ActivationError, match=r"got a spread of 0\.0"):
-        stage.mean_and_scale(Rows(torch.ones(5, D_MODEL)))
 
 
 def test_diverging_weights_are_never_saved(tmp_path):
