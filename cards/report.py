@@ -1,10 +1,8 @@
 """The report page of a run: one HTML file with stimuli, the dictionary, curves and what steering changed.
 
-Reads a finished run folder of `python -m builders run`; returns HTML.
+Reads a finished run folder of `python -m builders run`, and its `compare/` where there is one; returns HTML.
 """
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,25 @@ from builders.pipeline import stage_names
 from builders.recipe import Recipe
 from builders.stages import done
 from cards import plots
+from cards.pictures import data_url
 from cards.render import TEMPLATES
+from cards.toyworld import toyworld_facts
 
 CONCEPTS_SHOWN = {"undesirable": 4, "desirable": 3, "neutral": 3}
 STIMULI_SHOWN = 6
 ATOMS_SHOWN = 4
 """Atoms shown of each layer and polarity: the ones that fire most."""
+NAMED = 24
+"""Concepts of each polarity whose names the map may show."""
 THUMBNAIL = 96
+TOY_WORLD = (
+    "A model learns to refuse harm, and falls for trick words. DACO finds what those words do inside it and "
+    "takes that away while it answers. Everything on this page was made on this machine by one command."
+)
+TOY_MODEL = (
+    "The model is tiny and lives in a drawn world whose rules are known: this page shows whether the method "
+    "finds and removes what is there to be found, not how safe a real model becomes."
+)
 RANDOM_MODEL = (
     "The language model of this run is tiny and has random weights: all parts work together here, but "
     "concepts, labels and steering mean nothing to it."
@@ -47,8 +57,8 @@ def report_html(out: Path, recipe: Recipe, published: dict[str, Any]) -> str:
     Args:
         out: The run folder, all stages done.
         recipe: What it was made from.
-        published: `repos` (repo_id, repo_type, tag, commit, files, bytes of each), `client_code`,
-            `client_output` and `seconds`.
+        published: `repos` (repo_id, repo_type, tag, commit, files, bytes of each), `runs` (title, code,
+            output of each client) and `seconds`.
 
     Returns:
         A self-contained HTML page; every text from data is escaped.
@@ -57,20 +67,34 @@ def report_html(out: Path, recipe: Recipe, published: dict[str, Any]) -> str:
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
     layer = recipe.activations.layers[-1]
+    toy = toyworld_facts(out)
     facts = {
-        "title": f"DACO run “{recipe.run.name}”",
-        "lead": "From captioned images to a steered model, published and loaded back.",
-        "caveat": RANDOM_MODEL if recipe.model.tiny else "",
+        **_opening(recipe, toy is not None),
+        "toy": toy and toy | {name: Markup(toy[name]) for name in ("front_svg", "fve_svg")},
         "stages": _stages(out),
         "concepts": _concepts(out),
         "map_layer": layer,
         "map_svg": Markup(_map(out, layer)),
-        "fve_svg": Markup(_fve(out, recipe)),
+        "fve_svg": "" if toy else Markup(_fve(out, recipe)),
         "atoms": _atoms(out, recipe),
         **_steering(out),
         **published,
     }
     return environment.get_template("report.html.jinja").render(facts)
+
+
+def _opening(recipe: Recipe, toy: bool) -> dict[str, str]:
+    if toy:
+        return {
+            "title": "DACO in a toy world: a small model, steered away from harm",
+            "lead": TOY_WORLD,
+            "caveat": TOY_MODEL,
+        }
+    return {
+        "title": f"DACO run “{recipe.run.name}”",
+        "lead": "From captioned images to a steered model, published and loaded back.",
+        "caveat": RANDOM_MODEL if recipe.model.tiny else "",
+    }
 
 
 def _stages(out: Path) -> list[dict[str, Any]]:
@@ -87,14 +111,18 @@ def _stages(out: Path) -> list[dict[str, Any]]:
 
 
 def _concepts(out: Path) -> list[dict[str, Any]]:
-    """Some concepts of each polarity, with their nearest stimuli as inline thumbnails."""
+    """Some concepts of each polarity, over the whole dictionary, with their nearest stimuli as thumbnails."""
     concepts = pd.read_parquet(out / "polarity" / "concepts.parquet")
     stimuli = pd.read_parquet(out / "corpus" / "stimuli.parquet").set_index("stimulus_id")
     links = pd.read_parquet(out / "stimuli" / "links.parquet")
     positives = links[(links["role"] == "positive") & (links["rank"] < STIMULI_SHOWN)]
     shown = []
     for polarity, n in CONCEPTS_SHOWN.items():
-        for row in concepts[concepts["polarity"] == polarity].head(n).itertuples():
+        of_polarity = concepts[concepts["polarity"] == polarity]
+        spread = (
+            np.unique(np.linspace(0, len(of_polarity) - 1, n).round().astype(int)) if len(of_polarity) else []
+        )
+        for row in of_polarity.iloc[spread].itertuples():
             found = positives[positives["concept_id"] == row.concept_id].sort_values("rank")
             pictures = [
                 _stimulus(out, stimuli.loc[link.stimulus_id], link.dist) for link in found.itertuples()
@@ -107,11 +135,8 @@ def _stimulus(out: Path, row: Any, dist: float) -> dict[str, Any]:
     with Image.open(image_file(out / "corpus", row["file"])) as image:
         small = image.convert("RGB")
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG")
     caption = row["caption"] if len(row["caption"]) <= 80 else row["caption"][:79] + "…"
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return {"image": f"data:image/png;base64,{data}", "caption": caption, "dist": dist}
+    return {"image": data_url(small), "caption": caption, "dist": dist}
 
 
 def _map(out: Path, layer: int) -> str:
@@ -120,7 +145,7 @@ def _map(out: Path, layer: int) -> str:
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     points = _principal(rows)
     named = [i for polarity in ("undesirable", "desirable", "neutral")
-             for i in np.flatnonzero((concepts["polarity"] == polarity).to_numpy())[:8]]  # fmt: skip
+             for i in np.flatnonzero((concepts["polarity"] == polarity).to_numpy())[:NAMED]]  # fmt: skip
     names = {int(i): concepts["concept"].iloc[i] for i in named}
     return plots.concept_map([tuple(point) for point in points], list(concepts["polarity"]), names)
 

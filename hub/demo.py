@@ -1,27 +1,35 @@
 """`make demo`: the main job, end to end on an embedded default.
 
-Draws a corpus, builds dictionary and SAEs with tiny models, publishes both repos to a local Hub, loads them
-back in a fresh process, steers, and writes `OUT/report.html`.
+Builds dictionary and SAEs from a drawn world, compares the methods there, publishes three repos to a local
+Hub, loads them back in fresh processes, steers, and writes `OUT/report.html` and `OUT/summary.json`. With
+recipes of other corpora nothing is compared, and the base model is not published.
 """
 
+import re
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import pandas as pd
 import typer
+from tqdm import tqdm
 
 from builders.corpus import image_file
 from builders.pipeline import run as run_pipeline
 from builders.recipe import Recipe, load_recipe, repo_id
+from builders.toyworld import compare as toyworld_compare
+from cards.comparison import printed, read_results, summary
+from cards.facts import CARD
 from cards.report import report_html
-from daco.manifest import read_manifest, write_atomic
+from cards.toy_llava import EXAMPLE, ITEM
+from daco.manifest import canonical_json, read_manifest, write_atomic
+from hub.base_model import publish_base_model
 from hub.local.server import background, client_env
-from hub.publish import publish
+from hub.publish import Published, publish
 from hub.remote import Target
 
 ROOT = Path(__file__).parent.parent
@@ -30,53 +38,130 @@ CLIENT = Path(__file__).with_name("demo_client.py")
 LOCAL_TOKEN = "hf_local"
 """The local Hub's own; it opens nothing else."""
 
+QUICK_START = """
+import runpy, sys
+from builders.vision import ensure_torchvision
+ensure_torchvision()
+runpy.run_path(sys.argv[1])
+"""
+"""Runs a file as it is, on machines too where torchvision was built for another torch."""
+
+
+class Base(NamedTuple):
+    """The base model as clients find it."""
+
+    where: str
+    """A repo `org/name@tag`, or a folder."""
+    text: str
+    """What the client asks."""
+    picture: Path
+    """What it shows."""
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     recipe: Annotated[Path, typer.Option(help="Recipe to run.")] = ROOT / "recipes" / "demo.toml",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.field=value")] = None,
 ) -> None:
-    """Build, publish, load back, steer, report."""
+    """Build, compare, publish, load back, steer, report."""
     start = time.monotonic()
     loaded = load_recipe(recipe, overrides or ())
     say(f"building {loaded.run.name} in {out}")
     run_pipeline(loaded, out)
+    results = compare(out, loaded) if is_toyworld(loaded) else None
     shutil.rmtree(out / "hub", ignore_errors=True)  # tags never move: a changed recipe needs a fresh Hub
     with background(out / "hub") as url:
-        repos = [publish_release(out, loaded, kind, url) for kind in ("dataset", "model")]
-        client_output = read_back(out, loaded, url)
-    published = {
-        "repos": repos,
-        "client_code": CLIENT.read_text("utf-8"),
-        "client_output": client_output,
-        "seconds": time.monotonic() - start,
-    }
-    write_atomic(out / "report.html", report_html(out, loaded, published))
-    say(f"{client_output.rstrip()}\n\nreport: {out / 'report.html'}")
+        repos = publish_all(out, loaded, url)
+        runs = run_clients(out, loaded, url)
+    seconds = time.monotonic() - start
+    write_atomic(out / "summary.json", canonical_json(summary(results, repos, seconds)))
+    report = report_html(out, loaded, {"repos": repos, "runs": runs, "seconds": seconds})
+    write_atomic(out / "report.html", report)
+    say("\n" + (printed(results) if results else runs[-1]["output"].rstrip()))
+    say(f"\nreport: {out / 'report.html'}, figures: {out / 'summary.json'}, {seconds:.0f} seconds")
 
 
-def publish_release(out: Path, recipe: Recipe, kind: str, url: str) -> dict[str, Any]:
-    """Publish one release folder; returns what the report shows of it."""
-    folder = out / "release" / kind
-    published = publish(folder, Target(repo_id(recipe, kind), kind, url, LOCAL_TOKEN))
+def is_toyworld(recipe: Recipe) -> bool:
+    """Whether the recipe is about the toy world and a model of its own, which is published and tested."""
+    model = recipe.model
+    return recipe.corpus.kind == "toyworld" and bool(model.published) and Path(model.id).is_dir()
+
+
+def compare(out: Path, recipe: Recipe) -> dict[str, Any]:
+    """Put all methods to the test; running it again resumes. Returns the results as they were written."""
+    say("comparing ways to steer")
+    toyworld_compare.run(out, recipe, progress=lambda cells: tqdm(cells, unit="cell", disable=None))
+    return read_results(out) or {}
+
+
+def publish_all(out: Path, recipe: Recipe, url: str) -> list[dict[str, Any]]:
+    """Publish the base model, where it is ours, the dataset and the SAEs; returns what the report shows."""
+    repos = []
+    if is_toyworld(recipe):
+        name, _, tag = recipe.model.published.partition("@v")
+        target, staged = Target(name, "model", url, LOCAL_TOKEN), out / "base_model"
+        published = publish_base_model(Path(recipe.model.id), staged, target, tag)
+        repos.append(described(published, [path.stat().st_size for path in staged.iterdir()]))
+    for kind in ("dataset", "model"):
+        folder = out / "release" / kind
+        published = publish(folder, Target(repo_id(recipe, kind), kind, url, LOCAL_TOKEN))
+        files = read_manifest(folder)["files"].values()
+        repos.append(described(published, [entry["bytes"] for entry in files]))
+    return repos
+
+
+def described(published: Published, sizes: list[int]) -> dict[str, Any]:
+    """What the report shows of a repo."""
     say(f"published {published.repo_id} {published.tag} as {published.commit[:12]}")
-    files = read_manifest(folder)["files"]
-    return asdict(published) | {"files": len(files), "bytes": sum(entry["bytes"] for entry in files.values())}
+    return asdict(published) | {"files": len(sizes), "bytes": sum(sizes)}
+
+
+def run_clients(out: Path, recipe: Recipe, url: str) -> list[dict[str, str]]:
+    """Run what users would run in fresh processes; returns title, code and output of each."""
+    runs = []
+    if is_toyworld(recipe):
+        code = first_code((out / "release" / "model" / CARD).read_text("utf-8"))
+        (out / "quick_start.py").write_text(code, "utf-8")
+        output = fresh_process(out, url, "-c", QUICK_START, str((out / "quick_start.py").resolve()))
+        runs.append({"title": "The model card's quick start, as printed", "code": code, "output": output})
+    output = read_back(out, recipe, url)
+    return [*runs, {"title": "A longer client", "code": CLIENT.read_text("utf-8"), "output": output}]
+
+
+def first_code(card: str) -> str:
+    """The first block of Python in a card."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    return str(blocks[0])
 
 
 def read_back(out: Path, recipe: Recipe, url: str) -> str:
-    """Run the client in a fresh process with an empty cache; returns what it printed."""
+    """Run the client; returns what it printed."""
+    repos = [repo_id(recipe, kind) for kind in ("dataset", "model")]
+    base = base_of(out, recipe)
+    arguments = [*repos, f"v{recipe.release.version}", base.where, base.text, str(base.picture.resolve())]
+    return fresh_process(out, url, "-m", "hub.demo_client", *arguments)
+
+
+def base_of(out: Path, recipe: Recipe) -> Base:
+    """The base model that the client loads, and what it asks it."""
+    if is_toyworld(recipe):
+        return Base(recipe.model.published, ITEM.text, out / "base_model" / EXAMPLE)
+    stimulus = pd.read_parquet(out / "corpus" / "stimuli.parquet").iloc[0]
+    config = recipe.model
+    folder = out / "activations" / "model" if config.tiny else Path(config.id)
+    where = str(folder.resolve()) if folder.is_dir() else f"{config.id}@{config.revision}"
+    return Base(where, stimulus["caption"], image_file(out / "corpus", stimulus["file"]))
+
+
+def fresh_process(out: Path, url: str, *arguments: str) -> str:
+    """Run Python with an empty cache against the Hub at `url`; returns what it printed."""
     cache = out / "client-cache"
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True)
-    stimulus = pd.read_parquet(out / "corpus" / "stimuli.parquet").iloc[0]
-    repos = [repo_id(recipe, kind) for kind in ("dataset", "model")]
-    tag, model = f"v{recipe.release.version}", out / "activations" / "model"
-    picture = image_file(out / "corpus", stimulus["file"])
-    arguments = [*repos, tag, model.resolve(), stimulus["caption"], picture.resolve()]
-    command = [sys.executable, "-m", "hub.demo_client", *map(str, arguments)]
     environment = client_env(url, cache.resolve())
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"the client failed with code {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout

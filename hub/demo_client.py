@@ -1,10 +1,11 @@
 """What a stranger types after a release is out: load the dataset, the dictionary and the SAEs, steer, look.
 
 Run by `hub.demo` in a fresh process with an empty cache:
-`python -m hub.demo_client DATASET_REPO SAE_REPO TAG MODEL_FOLDER CAPTION IMAGE`.
+`python -m hub.demo_client DATASET_REPO SAE_REPO TAG MODEL TEXT IMAGE`, MODEL a repo `org/name@tag` or folder.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from datasets import get_dataset_config_names, load_dataset
@@ -13,7 +14,7 @@ from PIL import Image
 import daco
 from builders.mllm import chat_inputs, load_mllm
 
-dataset_repo, sae_repo, tag, model_folder, caption, image = sys.argv[1:]
+dataset_repo, sae_repo, tag, base_model, text, image = sys.argv[1:]
 
 for config in get_dataset_config_names(dataset_repo, revision=tag):
     for split, rows in load_dataset(dataset_repo, config, revision=tag).items():
@@ -28,14 +29,24 @@ dictionary = daco.ConceptDictionary.from_pretrained(dataset_repo, revision=tag)
 print(f"directions at layers {dictionary.layers}, width {dictionary.model.hidden_size}")
 
 sae = daco.SteeringSAE.from_pretrained(sae_repo, revision=tag)
-model, processor = load_mllm(model_folder)
-inputs = chat_inputs(processor, [caption], [Image.open(image)])
+gamma = sae.defaults["gamma"] or 0.1  # so that something moves even where no atom fires
+repo, _, revision = (base_model, "", "") if Path(base_model).is_dir() else base_model.partition("@")
+model, processor = load_mllm(repo, revision)
+inputs = chat_inputs(processor, [text], [Image.open(image)])
+
+
+def answer() -> str:
+    """What the model says now."""
+    said = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    return processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
 
 with torch.no_grad():
     before = model(**inputs).logits[0, -1]
-    with sae.steer(model, gamma=0.1) as run:
+    print(f"asked {text!r}, it says {answer()!r}")
+    with sae.steer(model, gamma=gamma) as run:
         during = model(**inputs).logits[0, -1]
-        model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        print(f"steered, it says {answer()!r}")
     after = model(**inputs).logits[0, -1]
 
 print(f"next-token logits moved by up to {(during - before).abs().max():.3f} while steered")

@@ -1,11 +1,12 @@
 """The demo's whole way, small: drawn pictures, real emoji and real photographs go out and come back equal."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from hub.demo import demo
+from hub.demo import demo, first_code
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -22,6 +23,29 @@ SMALL = [
     "evaluate.items=8",
 ]
 
+DRAWN = """
+[run]
+name = "drawn"
+[corpus]
+kind = "toyworld"
+rows = 80
+licence = "cc0-1.0"
+redistribute_images = true
+[clip]
+hidden = 32
+n_layers = 1
+vocabulary = 640
+[model]
+tiny = "llava"
+[activations]
+layers = [1, 2]
+[sae]
+k = 8
+[release]
+dataset = "drawn-concepts"
+"""
+"""Drawn pictures without the world's own model: nothing can be compared."""
+
 
 def real(*parts: str) -> str:
     """A path of the real data, whose folder the environment names."""
@@ -35,12 +59,14 @@ LABELS = {"undesirable": ("big", "weather", "man"), "desirable": ("small", "plan
 """Frequent words of the three corpora, so that a small dictionary has both kinds."""
 
 
-def run(recipe: str, out: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+def run(recipe: Path, out: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
     rows = [f"{word}\t{label}\n" for label, words in LABELS.items() for word in words]
     labels = out.with_name("labels.tsv")
     labels.write_text("concept\tpolarity\n" + "".join(rows), "utf-8")
-    demo(out, RECIPES / recipe, [*SMALL, f"polarity.path={labels}", *overrides])
-    assert (out / "report.html").read_text("utf-8").count("<figure>") > 3
+    demo(out, recipe, [*SMALL, f"polarity.path={labels}", *overrides])
+    page = (out / "report.html").read_text("utf-8")
+    assert page.count("<figure>") > 3
+    assert "trick words" not in page
     return capsys.readouterr().out
 
 
@@ -53,16 +79,26 @@ def assert_came_back(printed: str, configs: int) -> None:
 
 
 def test_drawn_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_came_back(run("demo.toml", tmp_path / "run", capsys, "corpus.rows=80"), configs=5)
+    (tmp_path / "drawn.toml").write_text(DRAWN)
+    assert_came_back(run(tmp_path / "drawn.toml", tmp_path / "run", capsys), configs=5)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
+    assert (summary["methods"], summary["sae_fve"]) == ({}, {})
+    assert [repo["repo_type"] for repo in summary["repos"]] == ["dataset", "model"]
 
 
 def test_emoji(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = [f"corpus.path={real('emoji', 'index.tsv')}", f"corpus.images={real('emoji', 'images')}"]
-    assert_came_back(run("emoji.toml", tmp_path / "run", capsys, *places, "corpus.rows=120"), configs=5)
+    recipe = RECIPES / "emoji.toml"
+    assert_came_back(run(recipe, tmp_path / "run", capsys, *places, "corpus.rows=120"), configs=5)
 
 
 def test_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions = real("photos", "annotations", "captions_train2017.json")
     places = [f"corpus.path={captions}", f"corpus.images={real('photos', 'train2017')}"]
-    printed = run("coco.toml", tmp_path / "run", capsys, *places, "concepts.min_count=2")
+    printed = run(RECIPES / "coco.toml", tmp_path / "run", capsys, *places, "concepts.min_count=2")
     assert_came_back(printed, configs=5)
+
+
+def test_the_quick_start_is_the_first_code_of_a_card() -> None:
+    card = "# x\n\n```bash\nls\n```\n\n```python\na = 1\n\nb = 2\n```\n\n```python\nc\n```\n"
+    assert first_code(card) == "a = 1\n\nb = 2\n"

@@ -175,9 +175,10 @@ def test_the_report_shows_texts_as_text(built: tuple[Path, Recipe]) -> None:
     out, made_from = built
     repo = {"repo_id": TEXTS[0], "repo_type": "dataset", "tag": TEXTS[1], "commit": "0" * 40}
     published = {"repos": [repo | {"files": 1, "bytes": 2}], "seconds": 1.0}
-    page = Page(report_html(out, made_from, published | {"client_code": TEXTS[2], "client_output": TEXTS[3]}))
+    run = {"title": TEXTS[7], "code": TEXTS[2], "output": TEXTS[3]}
+    page = Page(report_html(out, made_from, published | {"runs": [run]}))
     check_page(page, LINKS[0])
-    for text in (*TEXTS[:4], *(t for t in shown(out) if len(t) <= 80)):
+    for text in (*TEXTS[:4], TEXTS[7], *(t for t in shown(out) if len(t) <= 80)):
         assert text in page.text
     assert page.images  # the thumbnails
 

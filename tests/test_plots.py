@@ -1,0 +1,55 @@
+"""Proves that plots have the same bytes for the same numbers, take any name, and write none over another."""
+
+import re
+
+import pytest
+from hostile import TEXTS
+from test_hostile import TAGS, Page
+
+from cards import plots
+from cards.plots import Setting
+
+RUNS = {"dictionary start": ([0, 50, 100], [[-1.5, 0.7, 0.99], [-1.2, 0.8, 1.0]]),
+        "random start": ([0, 50, 100], [[0.1, 0.5, 0.98], [0.2, 0.4, 0.97]])}  # fmt: skip
+SETTINGS = {"daco": [Setting(0.1, 0.9, 0.0, True), Setting(0.0, 0.5, 0.4, False)]}
+POINTS = [(0.0, 0.0), (0.0, 0.001), (1.0, 1.0), (-1.0, 0.5)]
+POLARITIES = ["undesirable", "desirable", "neutral", "neutral"]
+
+
+def names_drawn(svg: str) -> int:
+    """How many texts the map has beside its legend: matplotlib numbers the groups of glyphs."""
+    return len(re.findall(r'id="text_\d+"', svg)) - len(set(POLARITIES))
+
+
+def test_the_same_numbers_make_the_same_bytes() -> None:
+    assert plots.unexplained(RUNS) == plots.unexplained(RUNS)
+    assert plots.front(SETTINGS, {"daco": "DACO"}) == plots.front(SETTINGS, {"daco": "DACO"})
+    names = dict(enumerate(["knife", "gun", "cup", "ball"]))
+    assert plots.concept_map(POINTS, POLARITIES, names) == plots.concept_map(POINTS, POLARITIES, names)
+
+
+def test_other_numbers_make_another_plot() -> None:
+    steps, rows = RUNS["random start"]
+    assert plots.unexplained(RUNS) != plots.unexplained(RUNS | {"random start": (steps, [rows[0], rows[0]])})
+    chosen_other = [point._replace(chosen=not point.chosen) for point in SETTINGS["daco"]]
+    assert plots.front(SETTINGS, {"daco": "DACO"}) != plots.front({"daco": chosen_other}, {"daco": "DACO"})
+    hollow = [point._replace(over_refusal=1.0) for point in SETTINGS["daco"]]
+    assert plots.front(SETTINGS, {"daco": "DACO"}) != plots.front({"daco": hollow}, {"daco": "DACO"})
+
+
+def test_no_name_covers_another() -> None:
+    assert names_drawn(plots.concept_map(POINTS, POLARITIES, {0: "knife", 2: "cup"})) == 2
+    assert names_drawn(plots.concept_map(POINTS, POLARITIES, {0: "knife", 1: "gun", 2: "cup"})) == 2
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "_hidden", "$x", "50 % $"])
+def test_any_name_is_drawn(text: str) -> None:
+    for svg in (
+        plots.unexplained({text: RUNS["random start"], "b": RUNS["random start"]}),
+        plots.front({"a": SETTINGS["daco"], "b": SETTINGS["daco"]}, {"a": text, "b": "b"}),
+        plots.concept_map(POINTS, POLARITIES, {0: text}),
+    ):
+        assert svg.startswith("<svg")
+        page = Page(svg)
+        assert page.tags <= TAGS
+        assert page.handlers == []
