@@ -4,6 +4,7 @@ Reads `corpus/` and `stimuli/links.parquet`; writes `activations/facts.json`, a 
 `readings.safetensors`, `tokens.safetensors`, `ids.json` and `counts.json`, and `model/` for a tiny model.
 """
 
+import contextlib
 import dataclasses
 import shutil
 from collections import Counter
@@ -22,7 +23,7 @@ from builders.mllm import chat_inputs, load_mllm, reading_weights
 from builders.recipe import ModelConfig
 from builders.stages import Work, summed_counts
 from builders.tiny import tiny_mllm
-from builders.tokens import keep_tokens
+from builders.tokens import MODALITIES, keep_tokens
 from daco.capture import capture
 from daco.errors import ActivationError
 from daco.manifest import canonical_json, write_atomic
@@ -47,8 +48,29 @@ class Read(NamedTuple):
     """[batch, n_layers, d_model] float32: the contrastive reading."""
     tokens: list[Tensor]
     """A stimulus each: [tokens, n_layers, d_model] of the tokens that are neither padding nor special."""
+    modality: list[Tensor]
+    """A stimulus each: [tokens] uint8, what each of these tokens belongs to (numbers in `MODALITIES`)."""
     masked: Counter[str]
     """Tokens left out, by reason."""
+
+
+def modalities(model: Any, processor: Any, input_ids: Tensor, captions: Sequence[str]) -> Tensor:
+    """What each token of a batch belongs to, [batch, tokens] uint8, numbers in `MODALITIES`.
+
+    Args:
+        model: The MLLM.
+        processor: Its processor.
+        input_ids: [batch, tokens] of `chat_inputs(processor, captions, ...)`.
+        captions: One a stimulus; a caption that its prompt does not show as it is counts as prompt.
+    """
+    image, prompt, caption = (MODALITIES.index(name) for name in ("image", "prompt", "caption"))
+    kinds = torch.full(input_ids.shape, prompt, dtype=torch.uint8)
+    for row, text in enumerate(captions):
+        with contextlib.suppress(ValueError):
+            here = reading_weights(processor, {"input_ids": input_ids[row : row + 1]}, [text], "caption_mean")
+            kinds[row, here[0] > 0] = caption
+    kinds[torch.isin(input_ids, torch.tensor(sorted(image_token_ids(model))))] = image
+    return kinds
 
 
 def special_ids(model: Any, processor: Any) -> set[int]:
@@ -92,7 +114,9 @@ def read_batch(
     _check_finite(z[attended], layers)
     masked = Counter(padding=int((~attended).sum()), special=int((attended & ~ordinary).sum()))
     readings = torch.einsum("bt,btld->bld", weights, z.float())
-    return Read(readings, [row[keep] for row, keep in zip(z, ordinary, strict=True)], masked)
+    kinds = modalities(model, processor, inputs["input_ids"].cpu(), captions)
+    tokens, modality = ([row[keep] for row, keep in zip(x, ordinary, strict=True)] for x in (z, kinds))
+    return Read(readings, tokens, modality, masked)
 
 
 def _check_finite(z: Tensor, layers: Sequence[int]) -> None:
@@ -172,7 +196,7 @@ def _save_tiny(work: Work) -> None:
 def _write_shard(work: Work, folder: Path, model: Any, processor: Any, stimuli: Sequence[Stimulus]) -> None:
     config = work.recipe.activations
     ids: list[str] = []
-    readings, tokens, counts = [], [], Counter(stimuli=len(stimuli))
+    readings, tokens, modality, counts = [], [], [], Counter(stimuli=len(stimuli))
     for start in range(0, len(stimuli), config.batch):
         usable, skipped = _open_images(stimuli[start : start + config.batch], config.reading)
         counts += skipped
@@ -183,10 +207,12 @@ def _write_shard(work: Work, folder: Path, model: Any, processor: Any, stimuli: 
         ids += [s.stimulus_id for s in batch]
         readings.append(read.readings)
         tokens += read.tokens
+        modality += read.modality
         counts.update({f"token.{reason}": n for reason, n in read.masked.items()})
     if not ids:
         raise ActivationError(f"expected usable stimuli in a shard, got none of {len(stimuli)}")
-    tensors, left_out = keep_tokens(ids, tokens, config.max_norm, config.tokens_per_stimulus, work.seed)
+    drawn = config.tokens_per_stimulus
+    tensors, left_out = keep_tokens(ids, tokens, config.max_norm, drawn, work.seed, modality)
     counts.update({f"token.{reason}": n for reason, n in left_out.items()})
     counts.update({"read": len(ids), "token.kept": len(tensors["tokens"])})
     save_file({"readings": torch.cat(readings)}, folder / "readings.safetensors")

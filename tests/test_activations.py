@@ -14,7 +14,7 @@ from builders import activations as stage
 from builders.corpus import open_image
 from builders.mllm import chat_inputs
 from builders.tiny import tiny_mllm
-from builders.tokens import TokenShards, held_out, keep_tokens
+from builders.tokens import MODALITIES, TokenShards, held_out, keep_tokens
 from daco.errors import ActivationError
 
 CAPTIONS = ["a knife on a table", "two dogs", "a very long caption about a red car by the sea"]
@@ -75,6 +75,18 @@ def test_image_places_are_kept_special_tokens_are_not(tiny):
     assert {processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id} <= special
 
 
+def test_tokens_are_told_apart_as_image_prompt_and_caption(tiny):
+    model, processor = tiny
+    read = stage.read_batch(model, processor, [*CAPTIONS[:2], " "], pictures(3), LAYERS)
+    image, prompt, caption = (MODALITIES.index(name) for name in ("image", "prompt", "caption"))
+    for text, picture, kinds in zip([*CAPTIONS[:2], " "], pictures(3), read.modality, strict=True):
+        inputs = chat_inputs(processor, [text], [picture])
+        ids = inputs["input_ids"][0][ordinary(model, processor, inputs)]
+        assert (kinds == image).tolist() == [int(i) in stage.image_token_ids(model) for i in ids]
+        assert processor.tokenizer.decode(ids[kinds == caption]).strip() == text.strip()
+        assert (kinds == prompt).any()
+
+
 @pytest.mark.parametrize("reading", ["caption_last", "caption_mean"])
 def test_other_readings_stay_within_the_caption(tiny, reading):
     model, processor = tiny
@@ -114,11 +126,13 @@ def test_norm_outliers_at_any_layer_are_dropped_and_counted():
     tokens = stimulus_tokens()
     tokens[1][2, 0] *= 1000
     tokens[4][0, 1] *= 1000
-    kept, left_out = keep_tokens(stimulus_ids(7), tokens, max_norm=10.0)
+    modality = [torch.arange(len(z), dtype=torch.uint8) for z in tokens]
+    kept, left_out = keep_tokens(stimulus_ids(7), tokens, max_norm=10.0, modality=modality)
     assert left_out["norm_outlier"] == 2
     expected = torch.cat([tokens[0], tokens[1][[0, 1, 3]], *tokens[2:4], tokens[4][1:], *tokens[5:]])
     assert torch.equal(kept["tokens"], expected)
     assert kept["n_tokens"].tolist() == [3, 3, 5, 6, 6, 8, 9]
+    assert kept["modality"][:6].tolist() == [0, 1, 2, 0, 1, 3]
     torch.testing.assert_close(kept["norms"], expected.norm(dim=-1))
 
 
@@ -136,15 +150,18 @@ def test_at_most_so_many_tokens_of_a_stimulus_by_seed_and_id():
 def test_token_shards_split_by_stimulus_and_read_any_row(tmp_path):
     ids, start = stimulus_ids(25), 0
     expected = {True: [], False: []}
+    kinds: dict[bool, list[int]] = {True: [], False: []}
     for number, size in enumerate((9, 1, 15)):
         folder = tmp_path / f"{number:05d}"
         folder.mkdir()
         tokens = stimulus_tokens(size, seed=number)
         part = ids[start : start + size]
-        save_file(keep_tokens(part, tokens, 1e9)[0], folder / "tokens.safetensors")
+        modality = [torch.arange(len(z), dtype=torch.uint8) % 3 for z in tokens]
+        save_file(keep_tokens(part, tokens, 1e9, modality=modality)[0], folder / "tokens.safetensors")
         (folder / "ids.json").write_text(json.dumps(part))
-        for stimulus, z in zip(part, tokens, strict=True):
+        for stimulus, z, kind in zip(part, tokens, modality, strict=True):
             expected[held_out(stimulus, 0.4)].append(z[:, 1])
+            kinds[held_out(stimulus, 0.4)] += kind.tolist()
         start += size
     for held, parts in expected.items():
         shards = TokenShards(sorted(tmp_path.iterdir()), 1, 0.4, held)
@@ -152,6 +169,7 @@ def test_token_shards_split_by_stimulus_and_read_any_row(tmp_path):
         assert len(parts) >= 5
         assert len(shards) == len(z)
         assert torch.equal(torch.cat([*shards.blocks(6)]), z)
+        assert shards.modality.tolist() == kinds[held]
         index = np.random.default_rng(3).integers(len(z), size=50)
         assert torch.equal(shards.rows(index), z[torch.from_numpy(index)])
 
