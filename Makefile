@@ -24,7 +24,8 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 test-interop: $(VENV)/.ready .venv-saelens/.ready
-	SAELENS_PYTHON=.venv-saelens/bin/python $(BIN)/python -m pytest tests/test_interop.py
+	SAELENS_PYTHON=.venv-saelens/bin/python SPARSIFY_PYTHON=.venv-saelens/bin/python \
+		$(BIN)/python -m pytest tests/test_interop.py
 
 wheel: $(VENV)/.ready
 	$(BIN)/python tests/check_wheel.py
@@ -43,5 +44,5 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 .venv-saelens/.ready: constraints.txt
 	$(PYTHON) -m venv .venv-saelens
-	.venv-saelens/bin/python $(PIP) "$$(grep '^torch==' constraints.txt)" sae-lens==6.54.0
+	.venv-saelens/bin/python $(PIP) "$$(grep '^torch==' constraints.txt)" sae-lens==6.54.0 eai-sparsify==1.3.3
 	touch $@

@@ -1,4 +1,4 @@
-"""Proves that SAELens, in an environment of its own, reads exported layers and computes the same numbers."""
+"""Proves that SAELens and sparsify, in an environment of their own, and daco read each other's SAEs alike."""
 
 import os
 import subprocess
@@ -7,10 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from daco.sae import SAE, LayerSAE
 from daco.sae_files import layer_folder, write_layer
+from daco.sae_import import read_sae
 from daco.sites import ModelFacts
 
 SCRIPT = Path(__file__).with_name("interop_saelens.py")
@@ -22,6 +23,8 @@ def small_sae(activation: str) -> SAE:
     W_enc, W_dec = (torch.randn(*shape, generator=draw) for shape in ((32, 37), (37, 32)))
     b_enc, b_dec = (torch.randn(n, generator=draw) for n in (37, 32))
     threshold = torch.rand(37, generator=draw) * 4 if activation == "jumprelu" else None
+    if activation == "batchtopk":  # trained as such, released with one threshold for all atoms
+        activation, threshold = "jumprelu", torch.full((37,), 2.5)
     k = 5 if activation == "topk" else None
     return SAE(W_enc, b_enc, W_dec, b_dec, activation, k, threshold).requires_grad_(False)
 
@@ -42,12 +45,36 @@ def export(folder: Path, activation: str) -> None:
     save_file({"z": z, "codes": codes, "z_hat": sae.decode(codes)}, folder / f"{activation}.safetensors")
 
 
-def test_saelens_computes_the_same_codes_and_reconstructions(tmp_path):
-    python = os.environ.get("SAELENS_PYTHON")
+def other_python(who: str) -> str:
+    python = os.environ.get(f"{who.upper()}_PYTHON")
     if not python:
-        pytest.skip("SAELENS_PYTHON is not set: it names the python of an environment with sae-lens >= 6")
-    for activation in ("relu", "topk", "jumprelu"):
+        pytest.skip(f"{who.upper()}_PYTHON is not set: it names the python of an environment with {who}")
+    return python
+
+
+def ran(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("who", "n"), [("saelens", 5), ("sparsify", 2)])
+def test_folders_of_others_compute_the_same_here(who, n, tmp_path):
+    ran(other_python(who), str(SCRIPT.with_name("interop_write.py")), who, str(tmp_path))
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(folders) == n
+    for folder in folders:
+        sae, expected = read_sae(folder), load_file(tmp_path / f"{folder.name}.safetensors")
+        codes = sae.encode(expected["z"])
+        if folder.name == "topk-rescaled":  # theirs are in units of the decoder's norms already
+            torch.testing.assert_close(codes, expected["codes"], rtol=1e-4, atol=1e-3)
+        assert torch.equal(codes > 0, expected["codes"] > 0), folder.name
+        assert (codes > 0).any()
+        torch.testing.assert_close(sae.decode(codes), expected["z_hat"], rtol=1e-4, atol=1e-3)
+
+
+def test_saelens_computes_the_same_codes_and_reconstructions(tmp_path):
+    python = other_python("saelens")
+    for activation in ("relu", "topk", "batchtopk", "jumprelu"):
         export(tmp_path, activation)
-    ran = subprocess.run([python, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    assert "3 folders equal" in ran.stdout
+    assert "4 folders equal" in ran(python, str(SCRIPT), str(tmp_path))

@@ -1,0 +1,197 @@
+"""How fast are SAEs trained, and how well, beside SAELens and sparsify? Same start, same batches, in turns.
+
+Writes `results/sae_training.json`, a list of {work, who, value, unit, ratio}: `ratio` says how many times
+better DACO is than `who`; DACO's own rows have its share of the encoder's float32 product alone. Speeds are
+tokens a second of CPU time, so that other work on the machine counts less; `wall` is the wall clock's.
+Activations are made up here: sparse mixtures of 4 d unit features with Zipf frequencies, a mean, noise, three
+dimensions far larger than the others, one token in 500 eight times as long; then centred and scaled.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.sae_contender import CONTENDERS
+
+RESULTS = Path(__file__).parent / "results" / "sae_training.json"
+SHAPES = {
+    "small": {"d": 1_024, "m": 8_192, "k": 32, "batch": 2_048},
+    "paper": {"d": 3_584, "m": 15_000, "k": 64, "batch": 1_024},
+}
+RATE, HELD_OUT = 1e-3, 2_048
+
+
+def activations(n: int, d: int, seed: int, block: int = 4_096) -> Any:
+    """[n, d] float32 made-up activations, see above; a block at a time."""
+    draw = np.random.default_rng(seed)
+    n_features = 4 * d
+    features = draw.standard_normal((n_features, d), dtype=np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    chance = 1 / np.arange(1, n_features + 1) ** 0.8
+    chance *= 20 / chance.sum()
+    centre = 2 * draw.standard_normal(d, dtype=np.float32)
+    width = np.ones(d, np.float32)
+    width[draw.choice(d, 3, replace=False)] = 10
+    for start in range(0, n, block):
+        size = min(block, n - start)
+        code = draw.gamma(2.0, 2.0, (size, n_features)) * (draw.random((size, n_features)) < chance)
+        z = code.astype(np.float32) @ features + 0.2 * draw.standard_normal((size, d), dtype=np.float32)
+        z[draw.random(size) < 1 / 500] *= 8
+        yield (z + centre) * width
+
+
+def prepare(folder: Path, shape: dict[str, Any], n_tokens: int, seed: int) -> None:
+    """Write shape, scaled tokens (the last are held out) and the common start."""
+    z = np.concatenate([*activations(n_tokens, shape["d"], seed)])
+    z -= z.mean(0)
+    z /= np.sqrt((z**2).sum(1).mean() / shape["d"])
+    z.tofile(folder / "tokens.f32")
+    rows = torch.randn(shape["m"], shape["d"], generator=torch.Generator().manual_seed(seed))
+    W_dec = torch.nn.functional.normalize(rows, dim=1)
+    start = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(shape["m"]), "W_dec": W_dec}
+    save_file(start | {"b_dec": torch.zeros(shape["d"])}, folder / "start.safetensors")
+    (folder / "shape.json").write_text(json.dumps(shape))
+
+
+class Worker:
+    """A contender at work in its environment."""
+
+    def __init__(self, name: str, python: str, folder: Path, threads: int) -> None:
+        self.name, self.fve = name, 0.0
+        self.steps: list[dict[str, Any]] = []
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [python, "-W", "ignore", str(Path(__file__).parent / "sae_contender.py"), name, str(folder)]
+        self.log = (folder / f"{name}.log").open("w")
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Its answer to a line."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended: {Path(self.log.name).read_text()[-600:]}")
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def race(
+    names: list[str], pythons: dict[str, str], shape: dict[str, Any], folder: Path, rounds: int
+) -> list[Worker]:
+    """All contenders in turns, a step each; the first round warms up. Then each has its FVE in `fve`."""
+    workers = [Worker(name, pythons[CONTENDERS[name][0]], folder, shape["threads"]) for name in names]
+    workers = [worker for worker in workers if runs(worker)]
+    for turn in range(1, rounds + 1):
+        for worker in workers:
+            worker.steps.append(worker.ask(f"step {turn * shape['batch']}"))
+    for worker in workers:
+        worker.fve = 0.0 if worker.name.startswith("matmul") else worker.ask("fve")["fve"]
+        worker.close()
+    return workers
+
+
+def runs(worker: Worker) -> bool:
+    """Take the first step, which warms up; False where it fails (SAELens's sparse path does on a CPU)."""
+    try:
+        worker.ask("step 0")
+    except RuntimeError as error:
+        print(str(error).splitlines()[-1][:200])
+        return False
+    return True
+
+
+def rows(workers: list[Worker], shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """Speed, FVE and peak memory of every contender, with DACO's ratio."""
+    where = f"d {shape['d']:,}, m {shape['m']:,}, k {shape['k']}, batch {shape['batch']:,}"
+    cpu = {w.name: statistics.median(step["cpu"] for step in w.steps) for w in workers}
+    wall = {w.name: statistics.median(step["wall"] for step in w.steps) for w in workers}
+    limit = cpu.get("matmul, float32", float("nan"))
+    found = []
+    for w in workers:
+        own = w.name.startswith("DACO")
+        ratio = limit / cpu[w.name] if own else cpu[w.name] / cpu["DACO"]
+        speed = {
+            "value": round(shape["batch"] / cpu[w.name]),
+            "unit": "tokens / CPU s",
+            "ratio": round(ratio, 3),
+        }
+        speed |= {"wall": round(shape["batch"] / wall[w.name]), "steps": len(w.steps)}
+        found.append({"work": f"train, {where}", "who": w.name} | speed)
+        if w.name.startswith("matmul"):
+            continue
+        mine = {v.name: v for v in workers}["DACO"]
+        fve = {
+            "value": round(w.fve, 4),
+            "unit": "FVE",
+            "ratio": round(mine.fve / w.fve, 3) if w.fve > 0 else None,
+        }
+        tokens = shape["batch"] * (len(w.steps) + 1)
+        found.append({"work": f"FVE after {tokens:,} tokens, {where}", "who": w.name} | fve)
+        memory = w.steps[-1]["peak"] / mine.steps[-1]["peak"]
+        peak = {"value": round(w.steps[-1]["peak"] / 2**20), "unit": "MiB", "ratio": round(memory, 2)}
+        found.append({"work": f"peak memory, {where}", "who": w.name} | peak)
+    return found
+
+
+def machine(threads: int) -> str:
+    """Hardware, versions and how busy the machine was, in a line."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    cpu = next(named, platform.processor() or platform.machine())
+    return (
+        f"{cpu}, {threads} of {os.cpu_count()} threads, load {os.getloadavg()[0]:.0f}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, sae-lens 6.54, eai-sparsify 1.3.3"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each contender")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--saelens", default="", help="python of an environment with sae-lens 6.54")
+    parser.add_argument("--sparsify", default="", help="python of an environment with eai-sparsify 1.3.3")
+    parser.add_argument("--only", default="", help="contenders, separated by ';'")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    pythons = {"main": sys.executable, "saelens": arguments.saelens, "sparsify": arguments.sparsify}
+    wanted = arguments.only.split(";") if arguments.only else list(CONTENDERS)
+    names = [name for name in wanted if pythons[CONTENDERS[name][0]]]
+    shape = SHAPES[arguments.shape] | {"threads": arguments.threads, "rate": RATE, "held_out": HELD_OUT}
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as place:
+        n_tokens = (arguments.rounds + 1) * shape["batch"] + HELD_OUT
+        prepare(Path(place), shape, n_tokens, arguments.seed)
+        workers = race(names, pythons, shape, Path(place), arguments.rounds)
+    table = [row | {"machine": machine(arguments.threads)} for row in rows(workers, shape)]
+    for row in table:
+        print(f"{row['work']:<62} {row['who']:<32} {row['value']:>8} {row['unit']:<15} x {row['ratio']}")
+    print(f"{time.perf_counter() - began:.0f} s")
+    works = {row["work"] for row in table}
+    old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    kept = [row for row in old if row["work"].split(", d ")[1] not in {w.split(", d ")[1] for w in works}]
+    RESULTS.write_text(json.dumps(kept + table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
