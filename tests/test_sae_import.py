@@ -1,4 +1,4 @@
-"""Proves that folders of SAELens and sparsify become SAEs of the same numbers; what does not fit is refused."""
+"""Proves that folders of SAELens and sparsify become SAEs of the same numbers; what does not fit is named."""
 
 import json
 from pathlib import Path
