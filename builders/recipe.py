@@ -74,13 +74,17 @@ class ConceptsConfig:
     """Which concepts the dictionary has."""
 
     source: str = "captions"
-    """`captions` (frequent words and names of the corpus) or `table` (a TSV with a column `concept`)."""
+    """`captions` (frequent words and names of the corpus), `table` (a TSV with a column `concept`) or `wordnet`
+    (15,000 words of WordNet 3.0, with their polarity)."""
     path: str = ""
-    """The TSV of `table`: concept, and optionally synset, pos, definition, group, polarity."""
+    """The TSV of `table`: concept, and optionally synset, pos, definition, group, polarity, rationale. Of
+    `wordnet`: what `python -m builders vocabulary` wrote; default: the vocabulary that comes with the workshop."""
+    edits: str = ""
+    """A TSV that adds, drops and relabels concepts: action, concept, polarity and what a table may have."""
     min_count: int = 3
     """A caption word is a concept when at least this many captions have it."""
     max_concepts: int = 15_000
-    """At most this many, the most frequent first."""
+    """At most this many, the most frequent first; of `wordnet` those labelled before all others."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,13 @@ class AtomsConfig:
     """Cosine threshold of labels."""
     n_nearest: int = 5
     """Nearest concepts kept for each atom."""
+    centroids: str = "one"
+    """`one` centroid a polarity, as in the paper, or `group`: one for each group of concepts of a polarity,
+    the nearest of which counts."""
+    min_group: int = 5
+    """Groups with fewer concepts of a polarity are taken together."""
+    n_top: int = 5
+    """Held-out stimuli kept for each atom, those that fire it most."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +331,7 @@ LOCAL_FIELDS = {
     ("corpus", "path"),
     ("corpus", "images"),
     ("concepts", "path"),
+    ("concepts", "edits"),
     ("polarity", "path"),
     ("embeddings", "path"),
 }
@@ -423,13 +435,13 @@ def _override(sections: dict[str, Any], text: str) -> None:
 
 _AT_LEAST = {
     0: "run.seed corpus.rows sae.n_atoms activations.tokens_per_stimulus sae.eval_tokens sae.aux_k "
-    "stimuli.max_uses stimuli.spare",
+    "atoms.n_top stimuli.max_uses stimuli.spare",
     1: "run.threads corpus.shard_rows concepts.min_count concepts.max_concepts clip.steps clip.batch "
     "clip.image_size clip.patch_size clip.hidden clip.n_layers embeddings.batch embeddings.shard_rows "
     "stimuli.n_positive stimuli.min_positive stimuli.block stimuli.memory activations.batch "
     "activations.shard_rows clip.checkpoint_steps sae.steps sae.batch sae.eval_steps sae.checkpoint_steps "
     "atoms.n_nearest "
-    "evaluate.items evaluate.batch sae.dead_tokens",
+    "evaluate.items evaluate.batch sae.dead_tokens atoms.min_group",
     2: "stimuli.pool",
 }
 """Fields of whole numbers, by the least they may be."""
@@ -503,7 +515,7 @@ def _check(recipe: Recipe) -> None:
         check_k(recipe.sae, recipe.sae.n_atoms)
     choices = {
         "corpus.kind": (recipe.corpus.kind, ("folder", "table", "coco", "dataset", "toyworld")),
-        "concepts.source": (recipe.concepts.source, ("captions", "table")),
+        "concepts.source": (recipe.concepts.source, ("captions", "table", "wordnet")),
         "stimuli.dtype": (recipe.stimuli.dtype, ("float32", "bfloat16")),
         "stimuli.device": (recipe.stimuli.device, ("cpu", "cuda")),
         "model.dtype": (recipe.model.dtype, ("float32", "bfloat16", "float16")),
@@ -514,6 +526,7 @@ def _check(recipe: Recipe) -> None:
         "sae.encoder_scale": (recipe.sae.encoder_scale, ("one", "fit")),
         "sae.b_dec": (recipe.sae.b_dec, ("mean", "median")),
         "sae.select": (recipe.sae.select, ("auto", "float32", "bfloat16", "int8")),
+        "atoms.centroids": (recipe.atoms.centroids, ("one", "group")),
         "sae.start": (recipe.sae.start, ("dictionary", "random")),
     }
     for where, (value, allowed) in choices.items():

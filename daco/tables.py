@@ -67,6 +67,23 @@ ATOMS = pa.schema(
 )
 """One row per atom of an SAE, in order."""
 
+ATOMS_MORE = pa.schema(
+    [
+        ("cos_undesirable_group", pa.float32()),
+        ("undesirable_group", pa.string()),
+        ("cos_desirable_group", pa.float32()),
+        ("desirable_group", pa.string()),
+        ("firing_image", pa.float32()),
+        ("firing_prompt", pa.float32()),
+        ("firing_caption", pa.float32()),
+        ("firing_generated", pa.float32()),
+        ("top_stimuli", pa.list_(pa.string())),
+        ("top_values", pa.list_(pa.float32())),
+    ]
+)
+"""Further columns of atoms that a release may have: largest cosine to the centroid of a group of concepts of
+one polarity, and which group; firing rate by what a token belongs to; held-out stimuli that fire it most."""
+
 POLARITIES = ("desirable", "undesirable", "neutral")
 
 MAX_VECTOR_ROWS = 25_000
