@@ -122,7 +122,7 @@ def concept_map(
 
     `names` are written at their rows, in their order, where they cover no name before them.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
     for label, colour in POLARITY_COLOURS.items():
         rows = [point for point, kind in zip(points, polarity, strict=True) if kind == label]
         if rows:
@@ -130,7 +130,7 @@ def concept_map(
                 *zip(*rows, strict=True), s=14, color=colour, label=f"{label} ({len(rows)})", linewidths=0
             )
     axes.set_axis_off()
-    axes.legend(frameon=False, fontsize=8, loc="best")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     texts = [_name(axes, points[row], name) for row, name in names.items()]
     with _any_glyph():
         figure.draw_without_rendering()

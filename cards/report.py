@@ -25,8 +25,8 @@ from cards.toyworld import toyworld_facts
 
 CONCEPTS_SHOWN = {"undesirable": 4, "desirable": 3, "neutral": 3}
 STIMULI_SHOWN = 6
-ATOMS_SHOWN = 4
-"""Atoms shown of each layer and polarity: the ones that fire most."""
+ATOMS_SHOWN = 8
+"""Atoms shown of each polarity, shared by the layers, at least two of each: the ones that fire most."""
 NAMED = 24
 """Concepts of each polarity whose names the map may show."""
 THUMBNAIL = 96
@@ -166,12 +166,12 @@ def _fve(out: Path, recipe: Recipe) -> str:
 
 
 def _atoms(out: Path, recipe: Recipe) -> list[dict[str, Any]]:
-    shown = []
+    shown, n_each = [], max(2, ATOMS_SHOWN // len(recipe.activations.layers))
     for layer in recipe.activations.layers:
         table = pd.read_parquet(out / "atoms" / f"layers.{layer}" / "atoms.parquet")
         for polarity in ("undesirable", "desirable"):
             labelled = table[table["polarity"] == polarity]
-            busiest = labelled.sort_values("firing_rate", ascending=False, kind="stable").head(ATOMS_SHOWN)
+            busiest = labelled.sort_values("firing_rate", ascending=False, kind="stable").head(n_each)
             shown += [_atom(layer, row) for row in busiest.to_dict("records")]
     return shown
 

@@ -117,7 +117,7 @@ def _groups(methods: Mapping[str, Any]) -> list[dict[str, Any]]:
     controls = [name for name in methods if name.startswith("control")]
     parts = {
         "": [name for name in methods if name not in controls],
-        "Controls, which should not work": controls,
+        "Controls: DACO with something taken from it": controls,
     }
     return [
         {"title": title, "methods": [_row(name, methods[name]) for name in names]}
@@ -132,14 +132,13 @@ def _row(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "name": name,
         "label": str(row["label"]).removeprefix("control: "),
         "note": NOTES.get(name, ""),
-        "setting": row["setting"],
+        "setting": row["setting"] if row["settings_tried"] > 1 else "",
         "cells": cells,
         "time": f"× {row['relative_time']:.2f}",
     }
 
 
 def _cell(measure: Measure, found: Mapping[str, Any]) -> dict[str, Any]:
-    change = found.get("difference")
     low, high = 100 * found["low"], 100 * found["high"]
     return {
         "title": f"{measure.title} · {measure.about}",
@@ -149,10 +148,13 @@ def _cell(measure: Measure, found: Mapping[str, Any]) -> dict[str, Any]:
         "low": f"{low:.1f}",
         "width": f"{max(high - low, 0.5):.1f}",
         "interval": f"{low:.1f} to {high:.1f}",
-        "change": f"{_signed(change['mean'])} ({_signed(change['low'])} to {_signed(change['high'])})"
-        if change
-        else "",
+        "change": _change(found["difference"]) if "difference" in found else "",
     }
+
+
+def _change(difference: Mapping[str, float]) -> str:
+    mean, low, high = (_signed(difference[key]) for key in ("mean", "low", "high"))
+    return "no change" if {mean, low, high} == {"±0"} else f"{mean} ({low} to {high})"
 
 
 def _signed(share: float) -> str:
