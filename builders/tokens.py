@@ -46,12 +46,17 @@ class TokenShards:
     """
 
     def __init__(self, shards: Sequence[Path], position: int, holdout: float, held: bool) -> None:
-        self.position, self.folders = position, list(shards)
+        self.position, self.folders, self.holdout, self.held = position, list(shards), holdout, held
         self.shards = [load_file(shard / "tokens.safetensors")["tokens"] for shard in shards]
         self.d_model = self.shards[0].shape[-1] if self.shards else 0
         spans = [_spans(shard, number, holdout, held) for number, shard in enumerate(shards)]
         self.spans = np.concatenate([*spans, np.empty((0, 3), np.int64)])
         self.ends = self.spans[:, 2].cumsum()
+
+    @cached_property
+    def stimulus_ids(self) -> list[str]:
+        """Ids of the stimuli that have tokens here, in order."""
+        return [i for shard in self.folders for i in _kept_ids(shard, self.holdout, self.held)]
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -87,9 +92,18 @@ def _spans(shard: Path, number: int, holdout: float, held: bool) -> np.ndarray:
     with safe_open(shard / "tokens.safetensors", "np") as file:
         lengths = file.get_tensor("n_tokens")
     first = lengths.cumsum() - lengths
-    ids = json.loads((shard / "ids.json").read_text("utf-8"))
-    wanted = np.array([held_out(i, holdout) is held for i in ids], dtype=bool)
-    return np.stack([np.full(len(ids), number), first, lengths], axis=1)[wanted & (lengths > 0)]
+    wanted = np.array([held_out(i, holdout) is held for i in _ids(shard)], dtype=bool)
+    return np.stack([np.full(len(lengths), number), first, lengths], axis=1)[wanted & (lengths > 0)]
+
+
+def _ids(shard: Path) -> list[str]:
+    return list(json.loads((shard / "ids.json").read_text("utf-8")))
+
+
+def _kept_ids(shard: Path, holdout: float, held: bool) -> list[str]:
+    with safe_open(shard / "tokens.safetensors", "np") as file:
+        lengths = file.get_tensor("n_tokens")
+    return [i for i, n in zip(_ids(shard), lengths, strict=True) if n and held_out(i, holdout) is held]
 
 
 def median_norms(shards: Sequence[Path], n_layers: int, holdout: float) -> list[float]:

@@ -30,7 +30,7 @@ from daco.manifest import (
 )
 from daco.sae import ACTIVATIONS, SAE, LayerSAE
 from daco.sites import ModelFacts
-from daco.tables import ATOMS, POLARITIES, read_table, write_table
+from daco.tables import ATOMS, ATOMS_MORE, POLARITIES, read_table, write_table
 
 _ARCHITECTURES = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
 _SAE_LENS_VERSION = "6.54.0"
@@ -156,8 +156,9 @@ def write_layer(folder: Path, layer: LayerSAE, model: ModelFacts) -> None:
     # a single key: safetensors writes several in any order, and the bytes must be the same each time
     metadata = {"sae_weights_sha256": sha256_file(target / "sae_weights.safetensors")}
     write_atomic(target / "steering.safetensors", save(steering_tensors(layer), metadata))
+    schema = pa.schema([*ATOMS, *(field for field in ATOMS_MORE if field.name in layer.atoms)])
     write_table(
-        target / "atoms.parquet", pa.Table.from_pandas(layer.atoms, schema=ATOMS, preserve_index=False)
+        target / "atoms.parquet", pa.Table.from_pandas(layer.atoms, schema=schema, preserve_index=False)
     )
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sae_rows import Rows
 from small_run import (
     D_MODEL,
     LAYERS,
@@ -17,6 +18,7 @@ from small_run import (
     model_facts,
     opened,
     small_recipe,
+    stimulus_ids,
     write_activations,
     write_directions,
     write_polarity,
@@ -24,12 +26,12 @@ from small_run import (
 )
 
 from builders import atoms as stage
+from builders.tokens import MODALITIES, held_out
 from builders.train_sae import load_sae, token_split
 from daco.dictionary import ConceptDictionary
 from daco.errors import ActivationError, RecipeError, UnknownLayerError
 from daco.sae import SAE
 from daco.sites import ModelFacts
-from daco.tables import ATOMS
 
 
 def small_dictionary(polarities=("undesirable", "desirable", "neutral")) -> ConceptDictionary:
@@ -106,10 +108,67 @@ def test_firing_rates_equal_the_naive_ones():
     np.testing.assert_allclose(stage.firing_rates(sae, z.split(7)), fired / 29)
 
 
+class Stimuli(Rows):
+    """Held-out tokens in memory, with whose they are."""
+
+    def __init__(self, z, lengths, modality=None):
+        super().__init__(z, modality)
+        self.ends = np.cumsum(lengths)
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_firing_by_modality_and_top_stimuli_equal_the_naive_ones(block):
+    draw = torch.Generator().manual_seed(6)
+    W, z = torch.randn(37, D_MODEL, generator=draw), torch.randn(29, D_MODEL, generator=draw)
+    sae = SAE(W.T.contiguous(), torch.zeros(37), W, torch.zeros(D_MODEL), "topk", 3).requires_grad_(False)
+    lengths = [5, 1, 9, 2, 12]
+    kinds = torch.tensor([0, 1, 2] * 9 + [0, 0], dtype=torch.uint8)
+    found = stage.firing_of(sae, Stimuli(z, lengths, kinds), n_top=2, block=block)
+    codes = sae.encode(z)
+    torch.testing.assert_close(found.rate, (codes > 0).double().mean(0))
+    for number, name in enumerate(MODALITIES[:3]):
+        torch.testing.assert_close(found.by_modality[name], (codes[kinds == number] > 0).double().mean(0))
+    assert found.by_modality["generated"] is None
+    largest = torch.stack([part.amax(0) for part in codes.split(lengths)])  # [stimulus, atom]
+    for atom in range(37):
+        order = sorted(range(5), key=lambda i: (-float(largest[i, atom]), i))[:2]
+        kept = [i for i in order if largest[i, atom] > 0]
+        assert [i for i in found.stimuli[atom].tolist() if i >= 0] == kept
+        np.testing.assert_allclose(found.values[atom], largest[order, atom], rtol=1e-5)
+    unknown = stage.firing_of(sae, Stimuli(z, lengths), n_top=2, block=block)
+    assert set(unknown.by_modality.values()) == {None}
+    assert torch.equal(unknown.rate, found.rate)
+
+
+def test_centroids_by_group_equal_the_naive_ones():
+    concepts, W = small_dictionary(), atoms()
+    concepts.concepts["group"] = ["a", "a", "b", "a", "b", "b", "a", "a", "c", "b", "b"]
+    D, rows = concepts.unit(1).numpy(), concepts.concepts.to_dict("records")
+    table = stage.atoms_table(W, concepts, 1, torch.zeros(37), eta=0.3, centroids="group", min_group=2)
+    for polarity in ("undesirable", "desirable"):
+        members = {
+            g: [i for i, r in enumerate(rows) if (r["polarity"], r["group"]) == (polarity, g)] for g in "abc"
+        }
+        small = [i for numbers in members.values() if len(numbers) < 2 for i in numbers]
+        members = {g: numbers for g, numbers in members.items() if len(numbers) >= 2} | {"": small}
+        for w, row in zip(W.numpy().astype(np.float64), table.to_pylist(), strict=True):
+            cosines = {g: naive_cosine(w, D[n].mean(0)) for g, n in members.items() if n}
+            best = max(cosines, key=cosines.get)
+            assert row[f"{polarity}_group"] == best
+            assert row[f"cos_{polarity}_group"] == pytest.approx(cosines[best], abs=1e-6)
+            assert row[f"cos_{polarity}"] == row[f"cos_{polarity}_group"]
+    one = stage.atoms_table(W, concepts, 1, torch.zeros(37), eta=0.3, min_group=2)
+    assert one["cos_undesirable"].to_pylist() != table["cos_undesirable"].to_pylist()
+    assert one["cos_undesirable_group"].to_pylist() == table["cos_undesirable_group"].to_pylist()
+    assert one["polarity"].to_pylist() != table["polarity"].to_pylist()
+
+
 def test_no_held_out_tokens_is_refused():
     sae = SAE(torch.ones(3, 5), torch.zeros(5), torch.ones(5, 3), torch.zeros(3), "relu")
     with pytest.raises(ActivationError, match="expected held-out tokens, got none"):
         stage.firing_rates(sae, [])
+    with pytest.raises(ActivationError, match="expected held-out tokens, got none"):
+        stage.firing_of(sae, Stimuli(torch.empty(0, 3), []), 2)
 
 
 @pytest.mark.parametrize("eta", [0.0, -0.1, 1.5])
@@ -143,12 +202,17 @@ def test_stage_writes_a_table_a_layer(upstream):
     shards = sorted((upstream / "activations" / "shards").iterdir())
     for position, layer in enumerate(LAYERS):
         table = pq.read_table(upstream / "atoms" / f"layers.{layer}" / "atoms.parquet")
-        assert table.schema.equals(ATOMS)
+        assert table.schema.equals(stage.SCHEMA)
         assert table["atom"].to_pylist() == list(range(37))
         sae = load_sae(upstream / "sae" / f"layers.{layer}")
         z = torch.cat([*token_split(shards, position, 0.3)[1].blocks(5)])
         rates = (sae.encode(z) > 0).double().mean(0)
         np.testing.assert_allclose(table["firing_rate"].to_numpy(), rates, rtol=1e-6)
+        held = {i for i in stimulus_ids(23) if held_out(i, 0.3)}
+        top = table["top_stimuli"].to_pylist()
+        assert {i for row in top for i in row} <= held
+        assert max(map(len, top)) > 1
+        assert [len(row) for row in top] == [len(row) for row in table["top_values"].to_pylist()]
         assert table["nearest_concepts"][2].as_py()[0] == "concept 2"  # atom i was started from concept i
     labels = json.loads((upstream / "atoms" / "facts.json").read_text())["labels"]
     assert labels["1"]["undesirable"] >= 2
