@@ -32,7 +32,8 @@ NAMED = 24
 THUMBNAIL = 96
 TOY_WORLD = (
     "A model learns to refuse harm, and falls for trick words. DACO finds what those words do inside it and "
-    "takes that away while it answers. Everything on this page was made on this machine by one command."
+    "takes that away while it answers. The two tiny models come trained; the rest of this page was made "
+    "here, by `make demo`."
 )
 TOY_MODEL = (
     "The model is tiny and lives in a drawn world whose rules are known: this page shows whether the method "

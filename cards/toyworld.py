@@ -21,7 +21,7 @@ HARM = ("jailbreak_a", "jailbreak_b", "harmful")
 
 SUITES = {
     "jailbreak_a": "a harmful request with known trick words",
-    "jailbreak_b": "a harmful request with unseen trick words",
+    "jailbreak_b": "a harmful request with new trick words",
     "harmful": "a harmful request, plainly put",
     "harmless": "a harmless request",
     "harmless_cues": "a harmless request with trick or safe words",
