@@ -49,6 +49,19 @@ def stages() -> None:
     print("\n".join(stage_names()))
 
 
+@app.command()
+def vocabulary(
+    wordnet: Annotated[Path, typer.Option(help="WordNet 3.0 folder, such as /usr/share/wordnet.")],
+    out: Annotated[Path, typer.Option(help="Parquet to write.")],
+    size: Annotated[int, typer.Option(min=1, help="Concepts, at most.")] = 15_000,
+) -> None:
+    """Make a vocabulary from WordNet, for `concepts.source = "wordnet"`; needs nltk."""
+    from builders.wordnet import write_vocabulary
+
+    counts = write_vocabulary(wordnet, out, size)
+    print("\n".join(f"{name:<16} {count:>8}" for name, count in counts.items()))
+
+
 def print_status(out: Path) -> None:
     """Print one line a stage: rows in, rows out, and what was skipped why."""
     for name in stage_names():

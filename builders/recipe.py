@@ -74,11 +74,11 @@ class ConceptsConfig:
     """Which concepts the dictionary has."""
 
     source: str = "captions"
-    """`captions` (frequent words and names of the corpus), `table` (a TSV with a column `concept`) or `wordnet`
-    (15,000 words of WordNet 3.0, with their polarity)."""
+    """`captions` (frequent words and names of the corpus), `table` (a TSV with a column `concept`) or
+    `wordnet` (15,000 words of WordNet 3.0, with their polarity)."""
     path: str = ""
     """The TSV of `table`: concept, and optionally synset, pos, definition, group, polarity, rationale. Of
-    `wordnet`: what `python -m builders vocabulary` wrote; default: the vocabulary that comes with the workshop."""
+    `wordnet`: what `python -m builders vocabulary` wrote; default: the vocabulary that the workshop has."""
     edits: str = ""
     """A TSV that adds, drops and relabels concepts: action, concept, polarity and what a table may have."""
     min_count: int = 3

@@ -8,9 +8,19 @@ from small_run import opened
 
 from builders import corpus, vocabulary
 from builders.stages import Work, done
-from builders.vocabulary import caption_name, from_captions, from_table, slug, words
+from builders.vocabulary import (
+    COLUMNS,
+    caption_name,
+    concept_row,
+    edited,
+    from_captions,
+    from_table,
+    from_wordnet,
+    slug,
+    words,
+)
 from daco.errors import CorpusError, FormatError
-from daco.tables import CONCEPTS, read_table
+from daco.tables import CONCEPTS, read_table, table_of, write_table
 
 
 def test_words_are_lower_case_long_enough_and_no_stop_words() -> None:
@@ -92,6 +102,96 @@ def test_a_broken_table_is_an_error_that_names_the_row(
 ) -> None:
     with pytest.raises(error, match=message):
         from_table(write(tmp_path / "c.tsv", text), 9)
+
+
+def rows_of(*names: str) -> list[dict]:
+    return [concept_row(rank, name) for rank, name in enumerate(names)]
+
+
+def test_a_users_list_adds_drops_and_relabels(tmp_path: Path) -> None:
+    edits = write(
+        tmp_path / "mine.tsv",
+        "action\tconcept\tpolarity\tdefinition\trationale\n"
+        "drop\tball\t\t\t\n"
+        "relabel\tuser:knife\tundesirable\t\tit cuts\n"
+        "relabel\tHate  Speech\tundesirable\t\t\n"
+        "add\tvape pen\tundesirable\tan electronic cigarette\t\n"
+        "add\tknife\tdesirable\t\t\n"
+        "add\t!\t\t\t\n",
+    )
+    rows, counts = edited(rows_of("ball", "knife", "hate speech"), edits)
+    assert [(row["concept"], row["rank"]) for row in rows] == [
+        ("knife", 0),
+        ("hate speech", 1),
+        ("vape pen", 2),
+    ]
+    assert [row["polarity"] for row in rows] == ["undesirable"] * 3
+    assert {row["polarity_source"] for row in rows} == {"mine.tsv"}
+    assert (rows[0]["rationale"], rows[2]["definition"]) == ("it cuts", "an electronic cigarette")
+    assert counts == {"dropped_by_edit": 1, "edit_already_there": 1, "empty_concept": 1}
+
+
+def test_an_edit_without_its_concept_warns_with_the_nearest(tmp_path: Path) -> None:
+    edits = write(tmp_path / "mine.tsv", "action\tconcept\ndrop\tknive\n")
+    with pytest.warns(
+        UserWarning, match=r"row 1: expected a concept to drop, got 'knive'; nearest: \['knife'\]"
+    ):
+        rows, counts = edited(rows_of("ball", "knife"), edits)
+    assert (len(rows), counts) == (2, {"edit_without_concept": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("action\tname\n", CorpusError, "expected column 'concept'"),
+        ("action\tconcept\nremove\tball\n", FormatError, "row 1: expected an action of .* got 'remove'"),
+        (
+            "action\tconcept\nrelabel\tball\n",
+            FormatError,
+            "row 1: expected a polarity of .* to relabel 'ball'",
+        ),
+        (
+            "action\tconcept\tpolarity\nadd\tx\tbad\n",
+            FormatError,
+            "row 1: expected a polarity of .* got 'bad'",
+        ),
+    ],
+)
+def test_a_broken_list_of_edits_is_an_error_that_names_the_row(
+    tmp_path: Path, text: str, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        edited(rows_of("ball"), write(tmp_path / "mine.tsv", text))
+
+
+def test_of_a_wordnet_vocabulary_the_labelled_stay_first(tmp_path: Path) -> None:
+    labelled = {"polarity": "undesirable"}
+    rows = [
+        concept_row(i, name, labelled if name == "gun" else {})
+        for i, name in enumerate(("dog", "cat", "gun"))
+    ]
+    write_table(tmp_path / "v.parquet", table_of(rows, COLUMNS))
+    assert from_wordnet(tmp_path / "v.parquet", 9)[1] == {}
+    kept, skipped = from_wordnet(tmp_path / "v.parquet", 2)
+    assert [(row["concept"], row["rank"]) for row in kept] == [("dog", 0), ("gun", 1)]
+    assert skipped == {"over_max": 1}
+
+
+def test_the_stage_takes_wordnets_concepts_and_edits(tmp_path: Path) -> None:
+    edits = write(
+        tmp_path / "mine.tsv", "action\tconcept\tpolarity\ndrop\tperson\t\nadd\tzorblax\tdesirable\n"
+    )
+    recipe = tiny_recipe(
+        make_folder(tmp_path / "pics", 8),
+        concepts={"source": "wordnet", "max_concepts": 2_000, "edits": str(edits)},
+    )
+    corpus.run(opened(recipe, tmp_path / "run", "corpus"))
+    vocabulary.run(opened(recipe, tmp_path / "run", "concepts"))
+    rows = read_table(tmp_path / "run" / "concepts" / "concepts.parquet", COLUMNS).to_pylist()
+    assert (len(rows), rows[0]["concept"], rows[-1]["concept"]) == (2_000, "say", "zorblax")
+    assert sum(row["polarity"] == "undesirable" for row in rows) > 900
+    counts = done(tmp_path / "run", "concepts")["counts"]
+    assert counts == {"in": 15_001, "out": 2_000, "skipped": {"dropped_by_edit": 1, "over_max": 13_000}}
 
 
 def test_the_stage_writes_concepts_and_none_is_an_error(tmp_path: Path) -> None:
