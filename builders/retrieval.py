@@ -7,10 +7,12 @@ rounding could have hidden is looked up again, so block, part, dtype and device 
 
 import hashlib
 import itertools
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,14 +21,19 @@ from torch import Tensor
 
 from daco.errors import FormatError, RecipeError
 
+T, U = TypeVar("T"), TypeVar("U")
+
 FLOOR = 1e-6
 """Cosines are clamped here before their logarithm is taken."""
 
 MARGIN = {"float32": 16, "bfloat16": 96}
 """Stimuli proposed beyond k, by dtype: enough that float64 can nearly always tell the k best."""
 
-PAIRS = 8_192
-"""Concept-stimulus pairs scored in float64 at once."""
+PAIRS = 512
+"""Concept-stimulus pairs scored in float64 at once: few, so that they stay in the cache."""
+
+GROUP = 32
+"""Products looked at together: only where the largest of them is above the bar, each is looked at."""
 
 WALK = 16
 """Members of the pool looked at for each negative wanted; half of them are far enough."""
@@ -239,10 +246,11 @@ def search(
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     engine = engine or Engine()
     pool = np.empty(0, np.int64) if pool is None else pool
-    parts = [
-        _search_part(queries[part], corpus, k, pool, draws[part], n_negative, engine)
-        for part in _query_parts(len(queries), k, len(pool), corpus.images.width, engine)
-    ]
+    with _Workers(engine) as workers:
+        parts = [
+            _search_part(queries[part], corpus, k, pool, draws[part], n_negative, engine, workers)
+            for part in _query_parts(len(queries), k, len(pool), corpus.images.width, engine)
+        ]
     answered: Counter[str] = Counter()
     for part in parts:
         answered.update(part.answered)
@@ -255,6 +263,28 @@ def _joined(parts: Sequence[Found]) -> Found:
     return Found([rows for part in parts for rows in part.rows], [s for part in parts for s in part.scores])
 
 
+class _Workers:
+    """As many threads as torch has, each with one of its own: no operation waits for the other threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.n = 1 if engine.device.startswith("cuda") else torch.get_num_threads()
+
+    def __enter__(self) -> "_Workers":
+        self.threads = ThreadPoolExecutor(self.n, initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.threads.shutdown(cancel_futures=True)
+        if self.n > 1:
+            torch.set_num_threads(self.n)  # the threads' own setting was everybody's
+
+    def map(self, step: Callable[[T], U], items: Iterable[T]) -> list[U]:
+        """`step` of every item, in order."""
+        if self.n == 1:
+            return [step(item) for item in items]
+        return list(self.threads.map(step, items))
+
+
 def _search_part(
     queries: Floats,
     corpus: Corpus,
@@ -263,14 +293,15 @@ def _search_part(
     draws: Sequence[Ints],
     n_negative: int,
     engine: Engine,
+    workers: _Workers,
 ) -> Searched:
-    proposer = _Proposer(queries, corpus, k, pool, engine)
+    proposer = _Proposer(queries, corpus, k, pool, engine, workers)
     far = proposer.scan_pool(draws, n_negative) if len(pool) else [np.empty(0, np.int64) for _ in queries]
     proposer.scan_rest()
     nearest, doubtful = _decide(queries, corpus, k, proposer)
     answered = Counter({engine.dtype: len(queries) - len(doubtful)})
     if len(doubtful) and engine.dtype != "float32":
-        again = _Proposer(queries[doubtful], corpus, k, np.empty(0, np.int64), _single(engine))
+        again = _Proposer(queries[doubtful], corpus, k, pool[:0], _single(engine), workers)
         again.scan_rest()
         found, left = _decide(queries[doubtful], corpus, k, again)
         _put(nearest, doubtful, found)
@@ -279,10 +310,11 @@ def _search_part(
     if len(doubtful):
         _put(nearest, doubtful, exhaustive(queries[doubtful], corpus, k))
     answered["float64"] += len(doubtful)
-    for query, (found, near) in enumerate(zip(far, nearest.rows, strict=True)):
-        if np.isin(found, near).any():  # only where the pool is hardly larger than k
+    for query, (found_far, near) in enumerate(zip(far, nearest.rows, strict=True)):
+        if np.isin(found_far, near).any():  # only where the pool is hardly larger than k
             far[query] = far_draws(queries[query], corpus, pool, draws[query], near)[:n_negative]
-    return Searched(nearest, _scored(queries, corpus, far), +answered)
+    scored = workers.map(lambda tile: _scored(queries[tile], corpus, far[tile]), proposer.tiles())
+    return Searched(nearest, _joined(scored), +answered)
 
 
 def _single(engine: Engine) -> Engine:
@@ -316,12 +348,13 @@ def _scored(queries: Floats, corpus: Corpus, rows: list[Ints]) -> Found:
 # Proposals.
 
 
-def _sizes(width: int, engine: Engine) -> tuple[int, int]:
-    """(stimuli, concepts) scored at once: a block and its products take a quarter of the memory each."""
+def _sizes(n: int, width: int, engine: Engine, n_workers: int) -> tuple[int, int]:
+    """(stimuli, concepts) scored at once: blocks and their products take a quarter of the memory each."""
     quarter = engine.memory * 2**20 // 4
-    widest, most = (65_536, 16_384) if engine.device.startswith("cuda") else (4_096, 512)
-    block = engine.block or max(8, min(widest, quarter // (16 * width)) // 8 * 8)
-    return block, engine.tile or max(1, min(most, quarter // (16 * block)))
+    widest, most = (65_536, 16_384) if engine.device.startswith("cuda") else (4_096, 256)
+    block = engine.block or max(GROUP, min(widest, quarter // (24 * width)) // GROUP * GROUP)
+    share = -(-n // (2 * n_workers))  # every worker gets something to do
+    return block, engine.tile or max(1, min(most, max(64, share), quarter // (16 * block * n_workers)))
 
 
 def _query_parts(n: int, k: int, n_pool: int, width: int, engine: Engine) -> list[slice]:
@@ -354,11 +387,14 @@ class _Proposer:
     `bar[q]` only rises, and what of the corpus is not among `values[q]` has a rounded closeness <= bar[q].
     """
 
-    def __init__(self, queries: Floats, corpus: Corpus, k: int, pool: Ints, engine: Engine) -> None:
+    def __init__(
+        self, queries: Floats, corpus: Corpus, k: int, pool: Ints, engine: Engine, workers: _Workers
+    ) -> None:
         self.corpus, self.k, self.pool, self.engine = corpus, k, pool, engine
+        self.workers, self.local = workers, threading.local()
         self.device = torch.device(engine.device)
         self.dtype = torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
-        self.block, self.tile = _sizes(corpus.images.width, engine)
+        self.block, self.tile = _sizes(len(queries), corpus.images.width, engine, workers.n)
         self.kept, self.room = _kept(k, engine), _room(k, engine)
         self.single = torch.from_numpy(queries).to(self.device)
         self.asked = self.single.to(self.dtype)
@@ -368,7 +404,6 @@ class _Proposer:
         self.columns = torch.zeros((n, self.room), dtype=torch.int64, device=self.device)
         self.count = torch.zeros(n, dtype=torch.int64, device=self.device)
         self.bar = torch.full((n,), self.error.at(0.0), device=self.device)
-        self.buffers: dict[str, Tensor] = {}
 
     def tiles(self) -> Iterator[slice]:
         """Slices of the queries."""
@@ -387,9 +422,7 @@ class _Proposer:
                 left[inside - start] = False
                 rows, sides = rows[left], [side[left] for side in sides]
             if len(rows):
-                self._score_block(
-                    torch.from_numpy(rows).to(self.device), [self._half(side) for side in sides]
-                )
+                self._score_block(torch.from_numpy(rows).to(self.device), self.workers.map(self._half, sides))
 
     def _half(self, rows: Floats) -> Tensor:
         """A block as the engine's dtype; notes how far the rounding moved its rows."""
@@ -399,58 +432,68 @@ class _Proposer:
         return rounded
 
     def _score_block(self, rows: Tensor, sides: list[Tensor]) -> None:
-        for tile in self.tiles():
-            product = self._product(self.asked[tile], sides)
-            self._offer(tile, product, len(rows), rows)
+        def score(tile: slice) -> None:
+            self._offer(tile, *self._cosines(self.asked[tile], sides), rows)
 
-    def _product(self, asked: Tensor, sides: list[Tensor]) -> Tensor:
-        """Rounded product of clamped cosines [tile, block], padded with -1 to a width divisible by 8."""
+        self.workers.map(score, self.tiles())
+
+    def _cosines(self, asked: Tensor, sides: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Rounded (image, text) cosines [tile, block], padded with -1 to a width divisible by GROUP."""
         n = len(sides[0])
         image, text = (self._buffer(name, len(asked), n, asked.dtype) for name in ("image", "text"))
         for out, side in ((image, sides[0]), (text, sides[1])):
             torch.mm(asked, side.T, out=out[:, :n])
-        product = image.clamp_(min=FLOOR).mul_(text.clamp_(min=FLOOR))
-        product[:, n:] = -1.0
-        return product
+            out[:, n:] = -1.0
+        return image, text
 
     def _buffer(self, name: str, m: int, n: int, dtype: torch.dtype) -> Tensor:
-        """[m, n rounded up to 8] out of one allocation: fresh memory for every tile would cost much."""
-        size = m * (-(-n // 8) * 8)
-        found = self.buffers.get(f"{name}{dtype}")
+        """[m, n rounded up to GROUP] of a thread's own; fresh memory for every tile would cost much."""
+        size = m * (-(-n // GROUP) * GROUP)
+        buffers: dict[str, Tensor] = self.local.__dict__
+        found = buffers.get(f"{name}{dtype}")
         if found is None or len(found) < size:
-            found = self.buffers[f"{name}{dtype}"] = torch.zeros(size, dtype=dtype, device=self.device)
+            found = buffers[f"{name}{dtype}"] = torch.zeros(size, dtype=dtype, device=self.device)
         return found[:size].view(m, -1)
 
-    def _offer(self, tile: slice, product: Tensor, n: int, rows: Tensor) -> None:
-        """Take what lies above the bars of a tile's queries into their running best."""
+    def _offer(self, tile: slice, image: Tensor, text: Tensor, rows: Tensor) -> Tensor:
+        """Take what lies above the bars of a tile's queries into their running best; returns the products.
+
+        Two negative cosines have a product that looks good: looked at again where it is above the bar.
+        """
+        product = image.mul_(text)
+        grouped = product.unflatten(1, (GROUP, -1))
         bar = self.bar[tile][:, None]
-        if product.dtype != torch.float32:
-            bar = _round_down(bar, product.dtype)
-        above = self._buffer("above", *product.shape, torch.bool)
-        torch.gt(product, bar, out=above)
-        who, eighth = torch.nonzero(above.view(torch.int64), as_tuple=True)
-        if len(who) > len(product) * self.room:
-            self._merge_best(tile, product, n, rows)
-            return
-        values = product.view(len(product), -1, 8)[who, eighth]
-        hit, place = torch.nonzero(values > bar[who], as_tuple=True)
-        who, columns, values = who[hit], eighth[hit] * 8 + place, values[hit, place].float()
-        fresh = torch.bincount(who, minlength=len(product))
+        who, group = torch.nonzero(grouped.amax(1) > bar, as_tuple=True)
+        if len(who) * 4 > len(product) * self.room:
+            self._merge_best(tile, product, text, rows)
+            return product
+        values, signs = grouped[who, :, group], text.unflatten(1, (GROUP, -1))[who, :, group]
+        hit, place = torch.nonzero((values > bar[who]) & (signs > 0), as_tuple=True)
+        columns = place * grouped.shape[2] + group[hit]
+        if not self._append(tile, who[hit], rows[columns], values[hit, place].float()):
+            self._merge_best(tile, product, text, rows)
+        return product
+
+    def _append(self, tile: slice, who: Tensor, columns: Tensor, values: Tensor) -> bool:
+        """Append to the running lists; False where there is no room, and nothing is done."""
+        fresh = torch.bincount(who, minlength=tile.stop - tile.start)
         if int((self.count[tile] + fresh).max()) > self.room:
             self._compact(tile)
             if int((self.count[tile] + fresh).max()) > self.room:
-                self._merge_best(tile, product, n, rows)
-                return
+                return False
         slot = self.count[tile][who] + torch.arange(len(who), device=self.device)
         slot -= (fresh.cumsum(0) - fresh)[who]
-        self.values[tile][who, slot], self.columns[tile][who, slot] = values, rows[columns]
+        self.values[tile][who, slot], self.columns[tile][who, slot] = values, columns
         self.count[tile] += fresh
-        if len(who) > 16 * len(product):
+        if len(who) > 16 * len(fresh):
             self._compact(tile)
+        return True
 
-    def _merge_best(self, tile: slice, product: Tensor, n: int, rows: Tensor) -> None:
+    def _merge_best(self, tile: slice, product: Tensor, text: Tensor, rows: Tensor) -> None:
         """Where a tile has more above the bar than there is room: keep only its best."""
-        values, columns = product[:, :n].float().topk(min(self.kept + 1, n), dim=1)
+        n = len(rows)
+        signed = torch.where(text[:, :n] > 0, product[:, :n].float(), -1.0)
+        values, columns = signed.topk(min(self.kept + 1, n), dim=1)
         if n > self.kept:
             self._raise(tile, values[:, -1])
             values, columns = values[:, :-1], columns[:, :-1]
@@ -494,18 +537,21 @@ class _Proposer:
             for side in (self.corpus.images, self.corpus.texts)
         ]
         rows = torch.from_numpy(self.pool).to(self.device)
-        far: list[Ints] = []
-        step = max(1, min(self.tile, 2**24 // len(self.pool)))  # products with the whole pool: 64 MiB
-        whole = torch.empty(step, len(self.pool))
-        for first in range(0, len(self.asked), step):
+        most = self.engine.memory * 2**18 // (4 * len(self.pool) * self.workers.n)
+        step = max(1, min(self.tile, most))
+
+        def score(first: int) -> list[Ints]:
             tile = slice(first, min(first + step, len(self.asked)))
+            whole = torch.empty(tile.stop - first, len(self.pool))
             for start in range(0, len(self.pool), self.block):
                 part = slice(start, min(start + self.block, len(self.pool)))
-                product = self._product(self.single[tile], [side[part] for side in sides])
-                self._offer(tile, product, part.stop - part.start, rows[part])
-                whole[: tile.stop - first, part] = product[:, : part.stop - part.start]
-            far += self._far(tile, whole[: tile.stop - first].numpy(), draws[tile], n)
-        return far
+                image, text = self._cosines(self.single[tile], [side[part] for side in sides])
+                product = self._offer(tile, image.clamp_(min=0), text, rows[part])
+                whole[:, part] = product[:, : part.stop - start]
+            return self._far(tile, whole.numpy(), draws[tile], n)
+
+        found = self.workers.map(score, range(0, len(self.asked), step))
+        return [far for part in found for far in part]
 
     def _far(self, tile: slice, product: Floats, draws: Sequence[Ints], n: int) -> list[Ints]:
         """The first n draws of each query whose exact closeness is in the farther half of the pool."""
@@ -513,13 +559,13 @@ class _Proposer:
         far = []
         queries = self.single[tile].cpu().numpy()
         for query, values, tried in zip(queries, product, draws, strict=True):
-            middle = np.partition(values, len(values) - half - 1)[len(values) - half - 1]
-            doubt = 2.1 * self.error.single(float(middle))
-            drawn = values[tried]
+            middle = max(float(np.partition(values, len(values) - half - 1)[len(values) - half - 1]), 0.0)
+            doubt = 2.1 * self.error.single(middle)
+            drawn = np.maximum(values[tried], 0)  # below 0 is where a caption's cosine is clamped
             sure, unsure = drawn < middle - doubt, np.abs(drawn - middle) <= doubt
             last = int(np.searchsorted(np.cumsum(sure), n)) + 1  # draws beyond are not needed
             if unsure[:last].any():
-                sure = self._far_exactly(query, values, float(middle), doubt, half)[tried]
+                sure = self._far_exactly(query, np.maximum(values, 0), middle, doubt, half)[tried]
             far.append(self.pool[tried[sure][:n]])
         return far
 
@@ -581,35 +627,35 @@ def _moved(single: Tensor, rounded: Tensor) -> float:
     return float((single - rounded.float()).norm(dim=1).max())
 
 
-def _round_down(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest numbers of a dtype that are not above float32 values >= 0."""
-    rounded = values.to(dtype)
-    return torch.where(rounded.float() > values, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
-
-
 # Decisions.
 
 
 def _decide(queries: Floats, corpus: Corpus, k: int, proposer: _Proposer) -> tuple[Found, Ints]:
     """Order the proposals in float64; also which queries something that was dropped could belong to."""
     values, columns = proposer.candidates()
-    bar = proposer.bar.cpu()
-    last = values[:, k - 1 : k]
-    needed = (values > last - 2.1 * proposer.error.final(last.clamp(min=0))) & (values > 0)
-    who, slot = (found.numpy() for found in torch.nonzero(needed, as_tuple=True))
-    rows = columns.numpy()[who, slot]
-    scores = exact_scores(queries, corpus, who, rows)
-    # The highest that float64 could put what was dropped, or kept and yet not scored.
-    worst = torch.maximum(bar + proposer.error.final(bar), (last - proposer.error.final(last))[:, 0]).numpy()
-    found, doubtful = Found([], []), []
-    ends = np.searchsorted(who, np.arange(len(queries) + 1)).tolist()
-    for query, (start, end) in enumerate(itertools.pairwise(ends)):
-        ranked = _ranked(rows[start:end], scores.at(slice(start, end)), corpus.place, k)
-        found.rows.append(ranked[0])
-        found.scores.append(ranked[1])
-        if len(ranked[0]) < k or not ranked[1].closeness[-1] > worst[query]:
-            doubtful.append(query)
-    return found, np.array(doubtful, dtype=np.int64)
+    bar, error = proposer.bar.cpu(), proposer.error.final
+
+    def decide(tile: slice) -> tuple[Found, list[int]]:
+        last = values[tile, k - 1]
+        # The highest that float64 could put what was dropped, or kept and yet not scored.
+        worst = torch.maximum(bar[tile] + error(bar[tile]), last - error(last)).numpy()
+        needed = (values[tile] > (last - 2.1 * error(last.clamp(min=0)))[:, None]) & (values[tile] > 0)
+        who, slot = (found.numpy() for found in torch.nonzero(needed, as_tuple=True))
+        rows = columns[tile].numpy()[who, slot]
+        scores = exact_scores(queries[tile], corpus, who, rows)
+        found, doubtful = Found([], []), []
+        ends = np.searchsorted(who, np.arange(tile.stop - tile.start + 1)).tolist()
+        for query, (start, end) in enumerate(itertools.pairwise(ends)):
+            best, best_scores = _ranked(rows[start:end], scores.at(slice(start, end)), corpus.place, k)
+            found.rows.append(best)
+            found.scores.append(best_scores)
+            if len(best) < k or not best_scores.closeness[-1] > worst[query]:
+                doubtful.append(tile.start + query)
+        return found, doubtful
+
+    parts = proposer.workers.map(decide, proposer.tiles())
+    doubtful = [query for _, part in parts for query in part]
+    return _joined([part for part, _ in parts]), np.array(doubtful, dtype=np.int64)
 
 
 def _ranked(rows: Ints, scores: Scores, place: Ints, k: int) -> tuple[Ints, Scores]:
