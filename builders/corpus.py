@@ -1,8 +1,7 @@
 """Stage `corpus`: reads caption-image pairs from any source, checks every one, and gives it its id.
 
-Reads a folder, a table, a COCO captions file, a `datasets` data set or the toy world; writes
-`stimuli.parquet` (one row a usable unique pair), `source.json` (licence facts) and, where the source has no
-image files, `images/`.
+Reads a folder, a table, a COCO captions file, a `datasets` data set, webdataset tars or the toy world; writes
+`stimuli.parquet` (one row a usable unique pair) and, where the source has no image files or tars, `images/`.
 """
 
 import csv
@@ -24,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from builders.recipe import CorpusConfig
+from builders import webdataset
+from builders.recipe import CorpusConfig, Recipe
 from builders.stages import Work, summed_counts
 from builders.toyworld import scenes
 from daco.errors import CorpusError
@@ -77,15 +77,29 @@ def clean_caption(text: object) -> str:
     return _BLANK.sub(" ", text).strip() if isinstance(text, str) else ""
 
 
+def read_image(file: Path) -> bytes:
+    """Bytes of an image as its source has them; `file` may be a member of a tar (see `webdataset`).
+
+    Raises:
+        OSError: it is not there.
+    """
+    if ".tar#" in file.name and not file.is_file():
+        content = webdataset.read_member(file)
+        if content is not None:
+            return content
+    return file.read_bytes()
+
+
 def open_image(file: Path | bytes) -> Image.Image:
     """Decode an image wholly, as RGB; transparent parts lie on white, of an animation the first frame counts.
 
     Raises:
         Exception: whatever Pillow's plug-ins raise on a broken file; they agree on no class.
     """
+    content = file if isinstance(file, bytes) else read_image(file)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with Image.open(io.BytesIO(content)) as image:
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 above = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
@@ -244,6 +258,22 @@ def _bytes_of(value: Any) -> bytes:
     return png_bytes(value) if isinstance(value, Image.Image) else bytes(value)
 
 
+def read_webdataset(path: Path) -> Iterator[Candidate]:
+    """Pairs of webdataset tars: `key.jpg`, `key.txt`, and `key.json` with the image's `url`.
+
+    Raises:
+        CorpusError: there is no tar, or one is broken.
+    """
+    for tar in webdataset.tars(path.resolve()):
+        for sample in webdataset.samples(tar, SUFFIXES):
+            if sample.image is None:
+                yield "missing_image"
+            elif sample.caption is None:
+                yield "missing_caption"
+            else:
+                yield Pair(sample.key, sample.caption, sample.image, str(sample.facts.get("url") or ""))
+
+
 def read_toyworld(n: int, seed: int) -> Iterator[Candidate]:
     """`n` pairs of the toy world."""
     for image, item, key in scenes.corpus(n, seed):
@@ -276,6 +306,8 @@ def read_pairs(config: CorpusConfig, seed: int = 0) -> Iterator[Candidate]:
         found = read_coco(path, Path(config.images or path.parent), config.url_column)
     elif config.kind == "dataset":
         found = read_dataset(config)
+    elif config.kind == "webdataset":
+        found = read_webdataset(path)
     else:
         found = read_toyworld(config.rows or 1000, seed)
     return itertools.islice(found, config.rows) if config.rows else found
@@ -317,7 +349,7 @@ def check_pair(pair: Pair, source: str, root: Path, store: Path) -> dict[str, An
     if isinstance(found, str):
         return found
     try:
-        data = found.read_bytes() if found else pair.image()
+        data = read_image(found) if found else pair.image()
         width, height = open_image(data).size
     except Exception:  # a hostile file: Pillow's plug-ins raise all sorts, and one image must not end a run
         return "unreadable_image"
@@ -342,6 +374,10 @@ def check_pair(pair: Pair, source: str, root: Path, store: Path) -> dict[str, An
 def _inside(file: Path, root: Path) -> Path | str:
     """The file that a source names, links followed, or why it is not opened (outside `root`)."""
     try:
+        tar, _, member = file.name.rpartition("#")
+        if tar.endswith(".tar") and not file.is_file():
+            found = _inside(file.parent / tar, root)
+            return found.parent / f"{found.name}#{member}" if isinstance(found, Path) else found
         resolved = file.resolve()
         if not resolved.is_relative_to(root):
             return "outside_folder"
@@ -378,6 +414,15 @@ def drop_duplicates(table: pa.Table) -> tuple[pa.Table, Counter[str]]:
     same_pair = frame[~same_id].duplicated(["image_sha256", "caption"]).reindex(frame.index, fill_value=False)
     counts = Counter({"duplicate_id": int(same_id.sum()), "duplicate_pair": int(same_pair.sum())})
     return table.filter(pa.array(~(same_id | same_pair).to_numpy())), +counts
+
+
+def check(recipe: Recipe) -> None:
+    """Look whether the source can be opened, before anything of an earlier run is discarded.
+
+    Raises:
+        CorpusError: it cannot.
+    """
+    next(iter(read_pairs(recipe.corpus, recipe.run.seed)), None)
 
 
 def run(work: Work) -> None:
@@ -422,7 +467,6 @@ def _join(work: Work, config: CorpusConfig, store: Path) -> None:
         if f"{store.name}/{file.name}" not in kept:
             file.unlink()
     write_table(work.folder / "stimuli.parquet", table)
-    write_atomic(work.folder / "source.json", canonical_json(source_facts(config)))
     work.drop_shards()
     counts = {"in": n_in, "out": table.num_rows, "skipped": dict(skipped)}
     work.finish(counts, rows={"stimuli.parquet": table.num_rows})

@@ -9,19 +9,20 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from builders.clip import Clip, clip_of
 from builders.corpus import clean_caption, image_file, open_image
+from builders.recipe import Recipe
 from builders.stages import Work, summed_counts
-from daco.errors import ActivationError, CorpusError, FormatError
+from daco.errors import ActivationError, CorpusError, FormatError, IntegrityError
 from daco.manifest import canonical_json, write_atomic
 from daco.tables import read_table, write_table
 
@@ -29,6 +30,9 @@ METADATA = pa.schema([("stimulus_id", pa.string()), ("caption", pa.string())])
 """Columns of our own metadata; clip-retrieval's has image_path or key instead of stimulus_id."""
 
 Half = NDArray[np.float16]
+
+CHUNK = 65_536
+"""Rows of a clip-retrieval part read at once; its parts have a million."""
 
 _PART = re.compile(r"_(\d+)$")
 
@@ -62,7 +66,22 @@ def load_embeddings(folder: Path) -> Embeddings:
 
 
 def _load(path: Path) -> Half:
-    array: Half = np.load(path, mmap_mode="r", allow_pickle=False)
+    """Open a .npy file of [n, d] floats, memory-mapped.
+
+    Raises:
+        IntegrityError: it is no whole .npy file.
+        FormatError: it holds something else.
+    """
+    try:
+        array: Half = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise IntegrityError(
+            f"{path}: expected a whole .npy file, got {error}; embed or download it again"
+        ) from error
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise FormatError(
+            f"{path}: expected floats [rows, width], got {array.dtype} {list(array.shape)}; embed again"
+        )
     return array
 
 
@@ -150,19 +169,36 @@ class Join:
     """Finds the stimulus of a clip-retrieval metadata row, by stimulus_id, image_path, key or caption.
 
     Args:
-        stimuli: Rows of the corpus: stimulus_id, caption, source_key, file.
+        stimuli: Columns of the corpus: stimulus_id, caption, source_key, file.
     """
 
-    def __init__(self, stimuli: Sequence[Mapping[str, Any]]) -> None:
-        self.captions = [row["caption"] for row in stimuli]
-        self.by_name: dict[str, list[int]] = defaultdict(list)
-        self.by_caption: dict[str, list[int]] = defaultdict(list)
-        self.by_id = {row["stimulus_id"]: i for i, row in enumerate(stimuli)}
-        for i, row in enumerate(stimuli):
-            file = PurePosixPath(row["file"])
-            for name in {row["source_key"], str(file), file.name, file.stem}:
-                self.by_name[name].append(i)
-            self.by_caption[row["caption"]].append(i)
+    def __init__(self, stimuli: pa.Table) -> None:
+        self.stimuli = stimuli
+        self.captions = stimuli["caption"].to_pylist()
+
+    @cached_property
+    def by_id(self) -> dict[str, int]:
+        """Index of each stimulus_id."""
+        return {name: i for i, name in enumerate(self.stimuli["stimulus_id"].to_pylist())}
+
+    @cached_property
+    def by_caption(self) -> dict[str, list[int]]:
+        """Indices of each caption."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for i, caption in enumerate(self.captions):
+            found[caption].append(i)
+        return found
+
+    @cached_property
+    def by_name(self) -> dict[str, list[int]]:
+        """Indices of each name that a row may go by: key, file, its last part, that without its ending."""
+        found: dict[str, list[int]] = defaultdict(list)
+        keys, files = (self.stimuli[name].to_pylist() for name in ("source_key", "file"))
+        for i, (key, path) in enumerate(zip(keys, files, strict=True)):
+            file = PurePosixPath(path)
+            for name in {key, path, file.name, file.stem}:
+                found[name].append(i)
+        return found
 
     def find(self, row: Mapping[str, Any]) -> int | str:
         """Index of the stimulus, or the reason why there is none."""
@@ -183,32 +219,74 @@ class Join:
         return found[0] if found else "unknown_row"
 
 
-def read_part(
-    images: Path, texts: Path, metadata: Path, join: Join
-) -> tuple[Half, Half, list[int], Counter[str]]:
-    """Unit rows of one clip-retrieval part that belong to stimuli, the indices of those, and counts."""
-    rows = pq.read_table(metadata).to_pylist()
+@dataclass(frozen=True)
+class Part:
+    """One part of a clip-retrieval folder, checked."""
+
+    images: Half
+    """[n, d], memory-mapped."""
+    texts: Half
+    """[n, d], memory-mapped."""
+    rows: pa.Table
+    """Of the metadata what rows are found by."""
+    files: tuple[Path, Path, Path]
+    """Where the three are."""
+
+
+def open_part(images: Path, texts: Path, metadata: Path) -> Part:
+    """Open a part of a clip-retrieval folder.
+
+    Raises:
+        IntegrityError: a file is truncated.
+        FormatError: the three do not belong together, or the metadata has no captions.
+    """
+    sides = (_load(images), _load(texts))
+    rows = read_table(metadata)
+    if sides[0].shape != sides[1].shape or len(sides[0]) != rows.num_rows:
+        raise FormatError(
+            f"{metadata}: expected {rows.num_rows} rows of one width, got {list(sides[0].shape)} in "
+            f"{images.name} and {list(sides[1].shape)} in {texts.name}; run clip-retrieval inference again"
+        )
+    if not {"caption", "stimulus_id"} & set(rows.column_names):
+        raise FormatError(
+            f"{metadata}: expected column 'caption', got {rows.column_names}; run clip-retrieval inference "
+            "with --enable_text True"
+        )
+    names = [name for name in ("stimulus_id", "image_path", "key", "caption") if name in rows.column_names]
+    return Part(*sides, rows.select(names), (images, texts, metadata))
+
+
+def read_rows(part: Part, start: int, join: Join) -> tuple[Half, Half, list[int], Counter[str]]:
+    """Unit rows of a chunk of a part that belong to stimuli, the indices of those, and counts.
+
+    Raises:
+        FormatError: a row is no direction: NaN, infinite or zero.
+    """
+    rows = part.rows.slice(start, CHUNK).to_pylist()
     counts: Counter[str] = Counter({"in": len(rows)})
-    try:
-        sides = (_load(images), _load(texts))
-        if not len(rows) == len(sides[0]) == len(sides[1]):
-            raise ValueError(
-                f"{len(rows)} metadata rows, {len(sides[0])} image rows, {len(sides[1])} text rows"
-            )
-    except (OSError, ValueError, EOFError):  # truncated, not an array, or not the metadata's
-        counts["unreadable_part"] = len(rows)
-        return np.empty((0, 0), np.float16), np.empty((0, 0), np.float16), [], counts
+    sides = [np.asarray(side[start : start + CHUNK], np.float32) for side in (part.images, part.texts)]
+    for side, file in zip(sides, part.files, strict=False):
+        _check_rows(side, file, start)
     places, indices = [], []
-    norms = np.stack([np.linalg.norm(np.asarray(side, np.float32), axis=1) for side in sides])
-    sound = (np.isfinite(norms) & (norms > 1e-3)).all(axis=0)
     for place, row in enumerate(rows):
-        found = join.find(row) if sound[place] else "bad_embedding"
+        found = join.find(row)
         if isinstance(found, str):
             counts[found] += 1
         else:
             places.append(place)
             indices.append(found)
     return unit_half(sides[0][places]), unit_half(sides[1][places]), indices, counts
+
+
+def _check_rows(rows: NDArray[Any], file: Path, start: int) -> None:
+    norms = np.linalg.norm(rows, axis=1)
+    wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 1e-3)))
+    if len(wrong):
+        what = "norm 0" if np.isfinite(norms[wrong[0]]) else "NaN or infinity"
+        raise FormatError(
+            f"{file}, row {start + wrong[0]}: expected an embedding, got {what} (in {len(wrong)} rows from "
+            f"{start} to {start + len(rows) - 1}); embed again without those pairs"
+        )
 
 
 # The stage.
@@ -219,6 +297,8 @@ def run(work: Work) -> None:
 
     Raises:
         ActivationError: not one pair has embeddings.
+        IntegrityError: a file of `embeddings.path` is truncated.
+        FormatError: its files do not belong together, or hold what is no embedding.
     """
     torch.set_num_threads(work.recipe.run.threads)
     stimuli = read_table(work.upstream("corpus") / "stimuli.parquet")
@@ -244,15 +324,34 @@ def _embed_shards(work: Work, stimuli: pa.Table) -> None:
             _write_shard(folder, images, texts, start + np.flatnonzero(readable), +counts)
 
 
+def check(recipe: Recipe) -> None:
+    """Look whether the recipe's embeddings are there, before anything of an earlier run is discarded.
+
+    Raises:
+        CorpusError: they are not.
+    """
+    if recipe.embeddings.path:
+        clip_retrieval_parts(Path(recipe.embeddings.path))
+
+
 def _read_shards(work: Work, stimuli: pa.Table) -> None:
     parts = clip_retrieval_parts(Path(work.recipe.embeddings.path))
-    join = Join(stimuli.select(["stimulus_id", "caption", "source_key", "file"]).to_pylist())
-    for number, part in enumerate(work.progress(parts, unit="part")):
-        if work.has(name := f"{number:06d}"):
-            continue
-        with work.shard(name) as folder:
-            images, texts, indices, counts = read_part(*part, join)
-            _write_shard(folder, images, texts, np.array(indices, dtype=np.int64), counts)
+    join = Join(stimuli)
+    width: int | None = None
+    for number, files in enumerate(work.progress(parts, unit="part")):
+        part = open_part(*files)
+        width = width or part.images.shape[1]
+        if part.images.shape[1] != width:
+            raise FormatError(
+                f"{files[0]}: expected rows of width {width}, as the parts before, got {part.images.shape[1]}"
+                "; embed all parts with one model"
+            )
+        for start in range(0, part.rows.num_rows, CHUNK):
+            if work.has(name := f"{number:06d}-{start:09d}"):
+                continue
+            with work.shard(name) as folder:
+                images, texts, indices, counts = read_rows(part, start, join)
+                _write_shard(folder, images, texts, np.array(indices, dtype=np.int64), counts)
 
 
 def _write_shard(

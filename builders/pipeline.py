@@ -20,6 +20,9 @@ from builders.stages import Work, check_sizes, done, fingerprint, seal_sha256
 from daco.errors import RecipeError
 from daco.manifest import sha256_file
 
+LICENCE_FIELDS = {"url", "licence", "redistribute_images"}
+"""Fields of `corpus` that only the release depends on."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -103,15 +106,27 @@ def _choose(only: str | None, until: str | None) -> list[Stage]:
     return list(STAGES[: names.index(until) + 1] if until else STAGES)
 
 
-def _run_stage(stage: Stage, recipe: Recipe, out: Path) -> bool:
+def open_stage(stage: Stage, recipe: Recipe, out: Path) -> Work | None:
+    """The stage ready to work, or None when it is done; raises IntegrityError where what it reads is not."""
     work = Work(recipe, out, stage.name)
     for needed in stage.upstream:
         work.upstream(needed)
     seals = {needed: seal_sha256(out, needed) for needed in stage.upstream}
-    if not work.open(fingerprint(stage.name, _sections(stage, recipe), seals)):
-        return False
+    wanted = fingerprint(stage.name, _sections(stage, recipe), seals)
+    check = getattr(importlib.import_module(f"builders.{stage.module}"), "check", None)
+    if check and not work.made_from(wanted):
+        check(recipe)  # what would fail at once must not discard an earlier run's stage first
+    if not work.open(wanted):
+        return None
     for needed in stage.upstream:
         check_sizes(out, needed)
+    return work
+
+
+def _run_stage(stage: Stage, recipe: Recipe, out: Path) -> bool:
+    work = open_stage(stage, recipe, out)
+    if work is None:
+        return False
     importlib.import_module(f"builders.{stage.module}").run(work)
     done(out, stage.name)
     return True
@@ -123,6 +138,9 @@ def _sections(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     for section, field in LOCAL_FIELDS:
         if section in facts and facts[section][field]:
             facts[section][field] = _digest(Path(facts[section][field]))
+    if stage.name != "release":
+        for name in LICENCE_FIELDS & facts.get("corpus", {}).keys():
+            del facts["corpus"][name]
     return facts
 
 

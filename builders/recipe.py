@@ -34,7 +34,7 @@ class CorpusConfig:
 
     kind: str = "folder"
     """`folder` (image.ext + image.txt), `table` (TSV, CSV or parquet), `coco` (captions JSON), `dataset`
-    (a `datasets` data set) or `toyworld` (drawn)."""
+    (a `datasets` data set), `webdataset` (tars of img2dataset, read where they are) or `toyworld` (drawn)."""
     path: str = ""
     """Folder, file or data set id, by kind."""
     images: str = ""
@@ -163,8 +163,28 @@ class StimuliConfig:
 class PolarityConfig:
     """Labels of concepts."""
 
+    annotator: str = ""
+    """`list` (a TSV of words), `wordnet` (WordNet's subtrees), `endpoint` (a language model behind HTTP) or `mllm`
+    (a local multimodal model); default: `wordnet` for concepts of WordNet, else `list`."""
     path: str = ""
-    """TSV: concept, polarity (overrides the concepts' table); default: `recipes/polarity_words.tsv`."""
+    """TSV: concept, polarity; wins over every annotator. Default of `list`: `recipes/polarity_words.tsv`."""
+    model: str = ""
+    """Model of `endpoint` or `mllm`: a Hub id, what the endpoint calls it, or a folder."""
+    revision: str = ""
+    """Revision of the model of `mllm`."""
+    base_url: str = ""
+    """Server of OpenAI's chat protocol for `endpoint`, its token in the environment variable
+    `DACO_ENDPOINT_TOKEN`; empty: a provider of Hugging Face, with the token you are logged in with."""
+    provider: str = "auto"
+    """Hugging Face's provider of inference for `endpoint`."""
+    batch: int = 20
+    """Concepts asked for in one prompt."""
+    workers: int = 4
+    """Prompts that are at the endpoint at once."""
+    timeout: float = 120.0
+    """Seconds an answer of the endpoint may take."""
+    dtype: str = "bfloat16"
+    """dtype of the weights of `mllm`."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +353,7 @@ LOCAL_FIELDS = {
     ("concepts", "path"),
     ("concepts", "edits"),
     ("polarity", "path"),
+    ("polarity", "base_url"),
     ("embeddings", "path"),
 }
 """Fields that name places on this machine; they never reach a manifest."""
@@ -373,7 +394,7 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
     facts = dataclasses.asdict(recipe)
     for section, name in LOCAL_FIELDS:
         facts[section].pop(name)
-    for section, name in (("model", "id"), ("clip", "model")):
+    for section, name in (("model", "id"), ("clip", "model"), ("polarity", "model")):
         if Path(facts[section][name]).is_dir():
             facts[section].pop(name)
     return facts
@@ -441,7 +462,7 @@ _AT_LEAST = {
     "stimuli.n_positive stimuli.min_positive stimuli.block stimuli.memory activations.batch "
     "activations.shard_rows clip.checkpoint_steps sae.steps sae.batch sae.eval_steps sae.checkpoint_steps "
     "atoms.n_nearest "
-    "evaluate.items evaluate.batch sae.dead_tokens atoms.min_group",
+    "evaluate.items evaluate.batch polarity.batch polarity.workers sae.dead_tokens atoms.min_group",
     2: "stimuli.pool",
 }
 """Fields of whole numbers, by the least they may be."""
@@ -514,7 +535,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.sae.n_atoms:
         check_k(recipe.sae, recipe.sae.n_atoms)
     choices = {
-        "corpus.kind": (recipe.corpus.kind, ("folder", "table", "coco", "dataset", "toyworld")),
+        "corpus.kind": (recipe.corpus.kind, ("folder", "table", "coco", "dataset", "webdataset", "toyworld")),
         "concepts.source": (recipe.concepts.source, ("captions", "table", "wordnet")),
         "stimuli.dtype": (recipe.stimuli.dtype, ("float32", "bfloat16")),
         "stimuli.device": (recipe.stimuli.device, ("cpu", "cuda")),

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import daco
-from builders.corpus import image_file
+from builders.corpus import image_file, read_image, source_facts
 from builders.directions import load_dictionary
 from builders.recipe import Recipe, model_name, public_recipe, repo_name
 from builders.stages import Work, done
@@ -174,7 +174,7 @@ def stimuli_split(corpus: Path, links: Path, with_images: bool) -> Split:
     linked = linked.filter(pc.is_in(linked["stimulus_id"], wanted))
     size = linked.drop_columns(["file"]).nbytes
     if with_images:
-        size += sum(image_file(corpus, file).stat().st_size for file in linked["file"].to_pylist())
+        size += sum(len(read_image(image_file(corpus, file))) for file in linked["file"].to_pylist())
     schema = STIMULI.append(pa.field("image", IMAGE)) if with_images else STIMULI
     tables = _stimuli(path, wanted, schema, corpus)
     return Split("stimuli", "train", schema, tables, linked.num_rows, size, TEXT_ROWS)
@@ -193,7 +193,7 @@ def _stimuli(path: Path, wanted: pa.Array, schema: pa.Schema, corpus: Path) -> I
 
 
 def _image(file: Path, row: Mapping[str, str]) -> dict[str, Any]:
-    content = file.read_bytes()
+    content = read_image(file)
     if hashlib.sha256(content).hexdigest() != row["image_sha256"]:
         raise IntegrityError(
             f"{file.name}: expected the image that the corpus stage read, got another; run that stage again"
@@ -339,7 +339,7 @@ def _manifest(
     work: Work, folder: Path, kind: str, name: str, more_counts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the manifests of both releases say, over the files that are in the folder."""
-    source = json.loads((work.upstream("corpus") / "source.json").read_text("utf-8"))
+    source = source_facts(work.recipe.corpus)
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,

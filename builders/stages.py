@@ -75,6 +75,10 @@ class Work:
         (self.folder / "shards").mkdir(exist_ok=True)
         return True
 
+    def made_from(self, fingerprint: str) -> bool:
+        """Whether what is in the folder belongs to this fingerprint; if not, `open` discards it."""
+        return self._fingerprint() == fingerprint
+
     def _fingerprint(self) -> str | None:
         try:
             return str(json.loads((self.folder / STAGE).read_text("utf-8"))["fingerprint"])

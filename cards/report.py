@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 from safetensors.numpy import load_file
 
-from builders.corpus import image_file
+from builders.corpus import image_file, open_image
 from builders.pipeline import stage_names
 from builders.recipe import Recipe
 from builders.stages import done
@@ -133,9 +132,8 @@ def _concepts(out: Path) -> list[dict[str, Any]]:
 
 
 def _stimulus(out: Path, row: Any, dist: float) -> dict[str, Any]:
-    with Image.open(image_file(out / "corpus", row["file"])) as image:
-        small = image.convert("RGB")
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small = open_image(image_file(out / "corpus", row["file"]))
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
     caption = row["caption"] if len(row["caption"]) <= 80 else row["caption"][:79] + "…"
     return {"image": data_url(small), "caption": caption, "dist": dist}
 

@@ -179,8 +179,6 @@ def write_corpus(out: Path, n: int = 29) -> None:
     write_table(
         work.folder / "stimuli.parquet", table_of(rows, STIMULI.append(pa.field("file", pa.string())))
     )
-    source = {"name": "small", "revision": "1", "url": "", "licence": "cc0-1.0", "redistribute_images": False}
-    (work.folder / "source.json").write_text(canonical_json(source))
     work.finish({"in": n, "out": n, "skipped": {}})
 
 

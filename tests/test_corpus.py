@@ -1,6 +1,7 @@
 """Every reader yields the same rows, bad rows are counted and never fatal, ids and bytes are stable."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ from small_run import Killed, digests, opened
 
 from builders import corpus
 from builders.corpus import Pair, check_pair, clean_caption, open_image, read_pairs, stimulus_id
-from builders.recipe import CorpusConfig
+from builders.pipeline import run
+from builders.recipe import CorpusConfig, Recipe
 from builders.stages import done
 from daco.errors import CorpusError
 from daco.tables import read_table
@@ -231,6 +233,27 @@ def test_transparency_is_laid_on_white_and_bombs_are_refused(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
     pair = Pair("k", "caption", tmp_path / "clear.png")
     assert check_pair(pair, "s", tmp_path, tmp_path / "images") == "unreadable_image"
+
+
+def with_corpus(recipe: Recipe, **fields: object) -> Recipe:
+    return dataclasses.replace(recipe, corpus=dataclasses.replace(recipe.corpus, **fields))
+
+
+def test_licence_facts_make_no_stage_run_again(tmp_path: Path) -> None:
+    recipe = tiny_recipe(make_folder(tmp_path / "pics", 9), clip={"steps": 1})
+    assert run(recipe, tmp_path / "run", until="clip") == ["corpus", "concepts", "clip"]
+    told = {"licence": "cc0-1.0", "url": "https://example.org", "redistribute_images": True}
+    assert run(with_corpus(recipe, **told), tmp_path / "run", until="clip") == []
+    assert run(with_corpus(recipe, rows=8), tmp_path / "run", until="corpus") == ["corpus"]
+
+
+def test_a_forgotten_path_does_not_discard_the_corpus_that_is_there(tmp_path: Path) -> None:
+    recipe = tiny_recipe(make_folder(tmp_path / "pics", 9))
+    run(recipe, tmp_path / "run", until="corpus")
+    before = digests(tmp_path / "run" / "corpus")
+    with pytest.raises(CorpusError, match="expected a folder of images and captions, got ''"):
+        run(with_corpus(recipe, path=""), tmp_path / "run", until="corpus")
+    assert digests(tmp_path / "run" / "corpus") == before
 
 
 @needs_data

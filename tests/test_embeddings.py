@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from pictures import make_folder, tiny_recipe
 from small_run import Killed, digests, opened
@@ -72,19 +73,19 @@ def random_rows(n: int, seed: int = 0) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def test_a_clip_retrieval_folder_is_joined_and_its_bad_rows_counted(tmp_path: Path) -> None:
+def test_a_clip_retrieval_folder_is_joined_and_rows_of_other_pairs_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "CHUNK", 4)
     pictures = make_folder(tmp_path / "pics", 12)
     out, folder = tmp_path / "run", tmp_path / "emb"
     recipe = tiny_recipe(pictures, embeddings={"path": str(folder)})
     corpus.run(opened(recipe, out, "corpus"))
     captions = [(pictures / f"{i:03d}.txt").read_text().strip() for i in range(12)]
     rows = random_rows(6)
-    rows[2], rows[3, 1] = 0, np.nan
-    names = [f"/elsewhere/{name}.png" for name in ("005", "000", "001", "002", "099", "003")]
-    told = [captions[5], captions[0], captions[1], captions[2], "x", "another caption"]
+    names = [f"/elsewhere/{name}.png" for name in ("005", "000", "001", "099", "002", "003")]
+    told = [captions[5], captions[0], captions[1], "x", captions[2], "another caption"]
     write_part(folder, "0", rows, {"image_path": names, "caption": told})
-    write_part(folder, "2", random_rows(3), {"image_path": ["x"] * 3, "caption": ["x"] * 3})
-    (folder / "img_emb" / "img_emb_2.npy").write_bytes(b"\x93NUMPY half")
     more = random_rows(2, seed=1)
     write_part(
         folder, "10", more, {"image_path": ["a/005.png", "a/007.png"], "caption": [captions[5], captions[7]]}
@@ -92,25 +93,76 @@ def test_a_clip_retrieval_folder_is_joined_and_its_bad_rows_counted(tmp_path: Pa
     embeddings.run(opened(recipe, out, "embeddings"))
     table = read_table(out / "corpus" / "stimuli.parquet").to_pylist()
     found = load_embeddings(out / "embeddings")
-    assert found.ids == [table[i]["stimulus_id"] for i in (5, 0, 7)]
-    np.testing.assert_array_equal(found.images, unit_half(np.float16([rows[0], rows[1], more[1]])))
-    np.testing.assert_array_equal(found.texts, unit_half(np.float16([rows[0], rows[1], more[1]])[:, ::-1]))
-    assert done(out, "embeddings")["counts"]["skipped"] == {
-        "bad_embedding": 2,
-        "unknown_row": 1,
-        "other_caption": 1,
-        "unreadable_part": 3,
-        "duplicate_row": 1,
-    }
+    assert found.ids == [table[i]["stimulus_id"] for i in (5, 0, 1, 2, 7)]
+    kept = np.float16([*rows[[0, 1, 2, 4]], more[1]])
+    np.testing.assert_array_equal(found.images, unit_half(kept))
+    np.testing.assert_array_equal(found.texts, unit_half(kept[:, ::-1]))
+    counts = done(out, "embeddings")["counts"]
+    assert counts["skipped"] == {"unknown_row": 1, "other_caption": 1, "duplicate_row": 1}
+
+
+def spoilt(folder: Path, what: str) -> None:
+    """Three good parts, one of them spoilt."""
+    for number in ("0", "1", "2"):
+        metadata = {"key": ["p", "q", "r"], "caption": ["1", "2", "3"]}
+        write_part(folder, number, random_rows(3), metadata)
+    image, text = (folder / kind / f"{kind}_1.npy" for kind in ("img_emb", "text_emb"))
+    if what == "truncated":
+        text.write_bytes(text.read_bytes()[:-5])
+    elif what == "no array":
+        image.write_bytes(b"\x93NUMPY half")
+    elif what == "shorter":
+        np.save(image, np.load(image)[:2])
+    elif what == "nan":
+        rows = np.load(text)
+        rows[2, 3] = np.nan
+        np.save(text, rows)
+    elif what == "zero":
+        np.save(image, np.load(image) * np.float16([[1], [0], [1]]))
+    elif what == "width":
+        write_part(folder, "1", random_rows(3)[:, :5], {"key": ["p", "q", "r"], "caption": ["1", "2", "3"]})
+    elif what == "captions":
+        pd.DataFrame({"key": ["p", "q", "r"]}).to_parquet(folder / "metadata" / "metadata_1.parquet")
+    elif what == "metadata":
+        (folder / "metadata" / "metadata_1.parquet").write_bytes(b"PAR1")
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "told"),
+    [
+        ("truncated", IntegrityError, r"text_emb_1.npy: expected a whole .npy file"),
+        ("no array", IntegrityError, r"img_emb_1.npy: expected a whole .npy file"),
+        (
+            "shorter",
+            FormatError,
+            r"metadata_1.parquet: expected 3 rows .* got \[2, 7\] in img_emb_1.npy",
+        ),
+        ("nan", FormatError, r"text_emb_1.npy, row 2: expected an embedding, got NaN or infinity"),
+        ("zero", FormatError, r"img_emb_1.npy, row 1: expected an embedding, got norm 0"),
+        ("width", FormatError, r"img_emb_1.npy: expected rows of width 7, as the parts before, got 5"),
+        ("captions", FormatError, r"metadata_1.parquet: expected column 'caption', got \['key'\]"),
+        ("metadata", IntegrityError, r"metadata_1.parquet: expected a parquet file"),
+    ],
+)
+def test_what_is_wrong_in_a_clip_retrieval_folder_is_named_by_file_and_row(
+    tmp_path: Path, what: str, error: type[Exception], told: str
+) -> None:
+    recipe = tiny_recipe(make_folder(tmp_path / "pics", 3), embeddings={"path": str(tmp_path / "emb")})
+    corpus.run(opened(recipe, tmp_path / "run", "corpus"))
+    spoilt(tmp_path / "emb", what)
+    with pytest.raises(error, match=told):
+        embeddings.run(opened(recipe, tmp_path / "run", "embeddings"))
 
 
 def test_rows_join_by_id_key_or_caption_and_never_by_guess() -> None:
     join = Join(
-        [
-            {"stimulus_id": "i0", "caption": "one", "source_key": "a/x.png#1", "file": "/p/a/x.png"},
-            {"stimulus_id": "i1", "caption": "two", "source_key": "a/x.png#2", "file": "/p/a/x.png"},
-            {"stimulus_id": "i2", "caption": "one", "source_key": "000000017", "file": "images/i2.jpeg"},
-        ]
+        pa.Table.from_pylist(
+            [
+                {"stimulus_id": "i0", "caption": "one", "source_key": "a/x.png#1", "file": "/p/a/x.png"},
+                {"stimulus_id": "i1", "caption": "two", "source_key": "a/x.png#2", "file": "/p/a/x.png"},
+                {"stimulus_id": "i2", "caption": "one", "source_key": "000000017", "file": "images/i2.jpeg"},
+            ]
+        )
     )
     assert join.find({"stimulus_id": "i1"}) == 1
     assert join.find({"image_path": "/other/x.png", "caption": "two\n"}) == 1
@@ -140,7 +192,7 @@ def test_parts_are_read_by_number_and_must_be_whole(tmp_path: Path) -> None:
 def test_embeddings_of_another_corpus_are_an_error(tmp_path: Path) -> None:
     recipe = tiny_recipe(make_folder(tmp_path / "pics", 3), embeddings={"path": str(tmp_path / "emb")})
     corpus.run(opened(recipe, tmp_path / "run", "corpus"))
-    write_part(tmp_path / "emb", "0", random_rows(2), {"key": ["p", "q"]})
+    write_part(tmp_path / "emb", "0", random_rows(2), {"key": ["p", "q"], "caption": ["a", "b"]})
     with pytest.raises(ActivationError, match=r"expected embeddings of 3 pairs, got none .*unknown_row': 2"):
         embeddings.run(opened(recipe, tmp_path / "run", "embeddings"))
 
