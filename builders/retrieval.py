@@ -32,6 +32,9 @@ MARGIN = {"float32": 16, "bfloat16": 96}
 PAIRS = 512
 """Concept-stimulus pairs scored in float64 at once: few, so that they stay in the cache."""
 
+RIPE = 10
+"""New stimuli a concept after which the bars are raised: sooner costs sorting, later costs looking."""
+
 GROUP = 32
 """Products looked at together: only where the largest of them is above the bar, each is looked at."""
 
@@ -351,7 +354,7 @@ def _scored(queries: Floats, corpus: Corpus, rows: list[Ints]) -> Found:
 def _sizes(n: int, width: int, engine: Engine, n_workers: int) -> tuple[int, int]:
     """(stimuli, concepts) scored at once: blocks and their products take a quarter of the memory each."""
     quarter = engine.memory * 2**20 // 4
-    widest, most = (65_536, 16_384) if engine.device.startswith("cuda") else (4_096, 256)
+    widest, most = (65_536, 16_384) if engine.device.startswith("cuda") else (2_048, 512)
     block = engine.block or max(GROUP, min(widest, quarter // (24 * width)) // GROUP * GROUP)
     share = -(-n // (2 * n_workers))  # every worker gets something to do
     return block, engine.tile or max(1, min(most, max(64, share), quarter // (16 * block * n_workers)))
@@ -412,28 +415,23 @@ class _Proposer:
 
     def scan_rest(self) -> None:
         """Score everything that is not in the pool."""
-        for start in range(0, len(self.corpus), self.block):
-            stop = min(start + self.block, len(self.corpus))
-            rows = np.arange(start, stop)
-            inside = self.pool[slice(*np.searchsorted(self.pool, (start, stop)))]
-            sides = [side.slice(start, stop) for side in (self.corpus.images, self.corpus.texts)]
-            if len(inside):
-                left = np.ones(stop - start, dtype=bool)
-                left[inside - start] = False
-                rows, sides = rows[left], [side[left] for side in sides]
-            if len(rows):
-                self._score_block(torch.from_numpy(rows).to(self.device), self.workers.map(self._half, sides))
+        rest = np.delete(np.arange(len(self.corpus)), self.pool)
+        for start in range(0, len(rest), self.block):
+            rows = rest[start : start + self.block]
+            sides = [side.take(rows) for side in (self.corpus.images, self.corpus.texts)]
+            self._score_block(torch.from_numpy(rows).to(self.device), self.workers.map(self._half, sides))
 
     def _half(self, rows: Floats) -> Tensor:
         """A block as the engine's dtype; notes how far the rounding moved its rows."""
-        single = torch.from_numpy(np.array(rows)).to(self.device).float()
+        single = torch.from_numpy(rows).to(self.device).float()
         rounded = single.to(self.dtype)
         self.error.note(single, rounded)
         return rounded
 
     def _score_block(self, rows: Tensor, sides: list[Tensor]) -> None:
         def score(tile: slice) -> None:
-            self._offer(tile, *self._cosines(self.asked[tile], sides), rows)
+            image, text = self._cosines(self.asked[tile], sides)
+            self._offer(tile, image.mul_(text), text, rows)
 
         self.workers.map(score, self.tiles())
 
@@ -455,24 +453,23 @@ class _Proposer:
             found = buffers[f"{name}{dtype}"] = torch.zeros(size, dtype=dtype, device=self.device)
         return found[:size].view(m, -1)
 
-    def _offer(self, tile: slice, image: Tensor, text: Tensor, rows: Tensor) -> Tensor:
-        """Take what lies above the bars of a tile's queries into their running best; returns the products.
+    def _offer(self, tile: slice, product: Tensor, text: Tensor, rows: Tensor) -> None:
+        """Take what lies above the bars of a tile's queries into their running best.
 
         Two negative cosines have a product that looks good: looked at again where it is above the bar.
         """
-        product = image.mul_(text)
         grouped = product.unflatten(1, (GROUP, -1))
         bar = self.bar[tile][:, None]
         who, group = torch.nonzero(grouped.amax(1) > bar, as_tuple=True)
         if len(who) * 4 > len(product) * self.room:
             self._merge_best(tile, product, text, rows)
-            return product
-        values, signs = grouped[who, :, group], text.unflatten(1, (GROUP, -1))[who, :, group]
-        hit, place = torch.nonzero((values > bar[who]) & (signs > 0), as_tuple=True)
-        columns = place * grouped.shape[2] + group[hit]
-        if not self._append(tile, who[hit], rows[columns], values[hit, place].float()):
+            return
+        values = grouped[who, :, group]
+        hit, place = torch.nonzero(values > bar[who], as_tuple=True)
+        who, columns, values = who[hit], place * grouped.shape[2] + group[hit], values[hit, place].float()
+        sound = text[who, columns] > 0
+        if not self._append(tile, who[sound], rows[columns[sound]], values[sound]):
             self._merge_best(tile, product, text, rows)
-        return product
 
     def _append(self, tile: slice, who: Tensor, columns: Tensor, values: Tensor) -> bool:
         """Append to the running lists; False where there is no room, and nothing is done."""
@@ -485,7 +482,7 @@ class _Proposer:
         slot -= (fresh.cumsum(0) - fresh)[who]
         self.values[tile][who, slot], self.columns[tile][who, slot] = values, columns
         self.count[tile] += fresh
-        if len(who) > 16 * len(fresh):
+        if int(self.count[tile].sum()) > (self.kept + RIPE) * len(fresh):
             self._compact(tile)
         return True
 
@@ -539,16 +536,19 @@ class _Proposer:
         rows = torch.from_numpy(self.pool).to(self.device)
         most = self.engine.memory * 2**18 // (4 * len(self.pool) * self.workers.n)
         step = max(1, min(self.tile, most))
+        block = max(GROUP, self.block // GROUP * GROUP)  # so that a block begins where a group does
 
         def score(first: int) -> list[Ints]:
             tile = slice(first, min(first + step, len(self.asked)))
-            whole = torch.empty(tile.stop - first, len(self.pool))
-            for start in range(0, len(self.pool), self.block):
-                part = slice(start, min(start + self.block, len(self.pool)))
+            whole = self._buffer("whole", tile.stop - first, len(self.pool), torch.float32)
+            for start in range(0, len(self.pool), block):
+                part = slice(start, min(start + block, len(self.pool)))
                 image, text = self._cosines(self.single[tile], [side[part] for side in sides])
-                product = self._offer(tile, image.clamp_(min=0), text, rows[part])
-                whole[:, part] = product[:, : part.stop - start]
-            return self._far(tile, whole.numpy(), draws[tile], n)
+                product = whole[:, start : start + image.shape[1]]
+                torch.mul(image.clamp_(min=0), text, out=product)
+                product[:, part.stop - start :] = -1.0
+                self._offer(tile, product, text, rows[part])
+            return self._far(tile, whole[:, : len(self.pool)].cpu().numpy(), draws[tile], n)
 
         found = self.workers.map(score, range(0, len(self.asked), step))
         return [far for part in found for far in part]
