@@ -5,10 +5,14 @@ Reads `activations/shards/*/tokens.safetensors` and `directions/directions.safet
 `builders.sae_losses`, the fast step in `builders.sae_step`, the start in `builders.sae_start`.
 """
 
+import argparse
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +20,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from builders.recipe import SaeConfig, check_k
+from builders.recipe import SaeConfig, check_k, load_recipe
 from builders.sae_losses import Weights
 from builders.sae_metrics import Agreement, Drift, Measured, agreement, calibrated_threshold, drift, measure
 from builders.sae_start import Tokens, started, unit_rows
 from builders.sae_step import Gradients, Step
 from builders.stages import Work
 from builders.tokens import TokenShards, read_facts
-from daco.errors import ActivationError, RecipeError
+from daco.errors import ActivationError, DiskError, RecipeError
 from daco.manifest import canonical_json, write_atomic
 from daco.sae import SAE
 from daco.tables import table_of, write_table
@@ -302,9 +308,10 @@ def train_sae(
         ModelMismatchError, ActivationError: see `builders.sae_start` and `Training.step`.
     """
     training = resume or _started(train, held_out, config, directions, seed, layer, device)
-    for step in progress(range(training.steps_done, config.steps)):
-        index = own_share(batch_index(seed, layer, step, config.batch, len(train)))
-        loss = training.step(train.rows(index).to(device))
+    steps = range(training.steps_done, config.steps)
+    coming = batches(train, config, seed, layer, steps, device)
+    for step in progress(steps):
+        loss = training.step(next(coming))
         if (step + 1) % config.eval_steps == 0 or step + 1 == config.steps:
             training.check_finite()
             _record(training, held_out, float(loss))
@@ -312,6 +319,23 @@ def train_sae(
             checkpoint(training)
     training.check_finite()
     return training
+
+
+def batches(
+    train: Tokens, config: SaeConfig, seed: int, layer: int, steps: range, device: str
+) -> Iterator[Tensor]:
+    """The batches of these steps, or this process's share; the next is read while one is worked on."""
+
+    def batch(step: int) -> Tensor:
+        z = train.rows(own_share(batch_index(seed, layer, step, config.batch, len(train))))
+        return z.pin_memory() if device.startswith("cuda") else z
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(batch, step) for step in steps[:1]]
+        for step in steps:
+            z = ahead.pop().result()
+            ahead = [pool.submit(batch, step + 1)] if step + 1 in steps else []
+            yield z.to(device, non_blocking=True)
 
 
 def _started(
@@ -363,8 +387,17 @@ def load_sae(folder: Path) -> SAE:
     return SAE(**weights, activation=facts["activation"], k=facts["k"]).requires_grad_(False)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes: the only one, or the first of a torchrun."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def run(work: Work) -> None:
-    """The stage: one SAE for each layer of the recipe, resumed from its last checkpoint."""
+    """The stage: one SAE for each layer of the recipe, resumed from its last checkpoint.
+
+    Raises:
+        DiskError: what is learnt cannot be written; running again goes on from the last checkpoint.
+    """
     facts = read_facts(work.upstream("activations"))
     shards = sorted((work.upstream("activations") / "shards").iterdir())
     dictionary = load_file(work.upstream("directions") / "directions.safetensors")
@@ -373,12 +406,13 @@ def run(work: Work) -> None:
         train, held_out = token_split(shards, facts["layers"].index(layer), work.recipe.sae.holdout)
         if not (work.folder / f"layers.{layer}" / "facts.json").is_file():
             _train_layer(work, layer, train, held_out, dictionary[f"layer_{layer}"])
-        for finished in _checkpoints(work, layer):
+        for finished in _checkpoints(work, layer) if is_first() else []:
             shutil.rmtree(finished)
         counts["in"], counts["out"] = len(train) + len(held_out), len(train)
     counts["skipped"] = {"held_out": counts["in"] - counts["out"]}
-    work.drop_shards()
-    work.finish(counts)
+    if is_first():
+        work.drop_shards()
+        work.finish(counts)
 
 
 def token_split(shards: Sequence[Path], position: int, holdout: float) -> tuple[TokenShards, TokenShards]:
@@ -395,8 +429,12 @@ def _train_layer(work: Work, layer: int, train: TokenShards, held_out: TokenShar
     concepts = None if directions is None else unit_rows(directions, train.d_model).to(device)
 
     def checkpoint(training: Training) -> None:
-        with work.shard(f"layer-{layer}-step-{training.steps_done:08d}") as folder:
+        if not is_first():
+            return
+        name = f"layer-{layer}-step-{training.steps_done:08d}"
+        with writing(f"checkpoint {name}"), work.shard(name) as folder:
             training.save(folder)
+            write_table(folder / "training.parquet", table_of(training.records, TRAINING))
         for old in _checkpoints(work, layer)[:-1]:
             shutil.rmtree(old)
 
@@ -412,8 +450,26 @@ def _train_layer(work: Work, layer: int, train: TokenShards, held_out: TokenShar
         progress=lambda steps: work.progress(steps, unit="step"),
         device=device,
     )
-    form = jump_form(training, train, held_out)
-    _write_layer(work.folder / f"layers.{layer}", training, layer, len(train), form)
+    if is_first():
+        form = jump_form(training, train, held_out)
+        with writing(f"the weights of layer {layer}"):
+            _write_layer(work.folder / f"layers.{layer}", training, layer, len(train), form)
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Says what could not be written where the disk is full.
+
+    Raises:
+        DiskError: a file could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DiskError(
+            f"expected room for {what}, got {error}; free some and run again: "
+            "training goes on from the last checkpoint"
+        ) from error
 
 
 def _checkpoints(work: Work, layer: int) -> list[Path]:
@@ -463,3 +519,31 @@ def _write_layer(folder: Path, training: Training, layer: int, n_tokens: int, fo
     facts |= {key: last[key] for key in (*Measured._fields, *Drift._fields)}
     facts |= form._asdict() if form else {}
     write_atomic(folder / "facts.json", canonical_json(facts))
+
+
+def main() -> None:
+    """`torchrun --nproc-per-node N -m builders.train_sae RECIPE --out RUN`: the stage on N processes."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="run folder, the stages before this done")
+    parser.add_argument("--set", action="append", default=[], help="section.field=value")
+    arguments = parser.parse_args()
+    from builders.pipeline import STAGES, open_stage  # which knows this stage
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.set_num_threads(recipe.run.threads)
+    stage = next(stage for stage in STAGES if stage.name == "sae")
+    with FileLock(arguments.out / ".lock", timeout=0) if is_first() else nullcontext():
+        to_do = [is_first() and open_stage(stage, recipe, arguments.out) is not None]
+        dist.broadcast_object_list(to_do)
+        if to_do[0]:
+            run(Work(recipe, arguments.out, "sae"))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

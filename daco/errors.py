@@ -76,9 +76,17 @@ class HubUnavailableError(DacoError, ConnectionError):
     """The Hub did not answer properly within the bounded retries."""
 
 
+class EndpointError(DacoError, ConnectionError):
+    """A model behind HTTP refused a question, or did not answer it within the bounded retries."""
+
+
 class VerificationError(DacoError, RuntimeError):
     """What was read back from the Hub differs from the manifest."""
 
 
 class HubRefusedError(DacoError, PermissionError):
     """The Hub refused a request: not logged in, no right to write, or a rule of the Hub's own."""
+
+
+class DiskError(DacoError, OSError):
+    """A file could not be written: the disk is full, or the place is not writable."""

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from sae_rows import ACTIVATIONS, CONFIG, Rows, dense, draw, random_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_run import (
     D_MODEL,
@@ -25,7 +27,7 @@ from small_run import (
 from builders import train_sae as stage
 from builders.sae_losses import code_of
 from builders.sae_metrics import encode
-from daco.errors import ActivationError, ModelMismatchError, RecipeError
+from daco.errors import ActivationError, DiskError, ModelMismatchError, RecipeError
 
 
 def start(activation: str) -> dict[str, torch.Tensor]:
@@ -218,6 +220,30 @@ def test_nan_stops_training_and_keeps_the_last_good_checkpoint(upstream, monkeyp
     kept = [*(upstream / "sae" / "shards").glob("layer-1-*")]
     assert [path.name for path in kept] == ["layer-1-step-00000004"]
     assert all(w.isfinite().all() for w in load_file(kept[0] / "training.safetensors").values())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(upstream, monkeypatch, error):
+    whole = trained(upstream)
+    (upstream / "sae" / "stage.json").unlink()
+    calls = []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        if len(calls) == 3:
+            Path(path).write_bytes(b"half a file")
+            raise error
+        return save_file(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "save_file", full)
+        with pytest.raises(DiskError, match=r"room for checkpoint layer-1-step-00000006, got .*No space"):
+            trained(upstream)
+    kept = [path.name for path in (upstream / "sae" / "shards").iterdir() if path.name.startswith("layer")]
+    assert kept == ["layer-1-step-00000004"]
+    running = pq.read_table(upstream / "sae" / "shards" / kept[0] / "training.parquet")
+    assert running["step"].to_pylist() == [0, 4]  # measurements are there while training goes on
+    assert trained(upstream) == whole
 
 
 def test_diverging_weights_are_never_saved(tmp_path):
