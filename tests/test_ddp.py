@@ -1,4 +1,4 @@
-"""Proves that two processes with half of each batch train the SAE that one trains; torchrun runs the stage."""
+"""Proves that two processes with half of each batch train the SAE that one trains, and so does torchrun."""
 
 import dataclasses
 import os
