@@ -62,6 +62,23 @@ def vocabulary(
     print("\n".join(f"{name:<16} {count:>8}" for name, count in counts.items()))
 
 
+@app.command("join-images")
+def join_images(
+    source: Annotated[Path, typer.Argument(help="A release, a run folder, or a table of URLs and captions.")],
+    out: Annotated[Path, typer.Option(help="Folder for images and tables; running again resumes.")],
+    tars: Annotated[Path | None, typer.Option(help="Take images from these webdataset tars.")] = None,
+    workers: Annotated[int, typer.Option(help="Images asked for at once.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Time for one image.")] = 30.0,
+    max_bytes: Annotated[int, typer.Option(help="Size of one image.")] = 20_000_000,
+) -> None:
+    """Bring the pixels of stimuli back, from tars or from the web."""
+    from builders.join_images import Limits
+    from builders.join_images import join_images as join
+
+    counts = join(source, out, tars, Limits(workers, seconds, max_bytes))
+    print(", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
+
+
 def print_status(out: Path) -> None:
     """Print one line a stage: rows in, rows out, and what was skipped why."""
     for name in stage_names():

@@ -355,7 +355,7 @@ def check_pair(pair: Pair, source: str, root: Path, store: Path) -> dict[str, An
         return "unreadable_image"
     if max(width, height) > MAX_SHAPE * min(width, height):
         return "extreme_shape"
-    file = str(found) if found else f"{store.name}/{identity}{_suffix(data)}"
+    file = str(found) if found else f"{store.name}/{identity}{image_suffix(data)}"
     if not found:
         write_atomic(store.parent / file, data)
     return {
@@ -386,7 +386,8 @@ def _inside(file: Path, root: Path) -> Path | str:
         return "missing_image"
 
 
-def _suffix(data: bytes) -> str:
+def image_suffix(data: bytes) -> str:
+    """Ending of an image's file by what is in it, as `.png`."""
     with Image.open(io.BytesIO(data)) as image:
         return f".{(image.format or 'img').lower()}"
 
