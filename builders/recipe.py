@@ -157,6 +157,13 @@ class StimuliConfig:
     """Where proposals are computed: `cpu` or `cuda`."""
     memory: int = 1_536
     """MiB of working memory beside the embeddings, at most."""
+    service: str = ""
+    """Address of a `clip-retrieval back` whose index was built from `embeddings.path`: it proposes positives,
+    and may miss some; empty: all of the corpus is searched."""
+    index: str = ""
+    """Name of the index in the service's `indices_paths.json`."""
+    proposals: int = 1_000
+    """Images, and captions, that the service proposes for a concept."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +171,8 @@ class PolarityConfig:
     """Labels of concepts."""
 
     annotator: str = ""
-    """`list` (a TSV of words), `wordnet` (WordNet's subtrees), `endpoint` (a language model behind HTTP) or `mllm`
-    (a local multimodal model); default: `wordnet` for concepts of WordNet, else `list`."""
+    """`list` (a TSV of words), `wordnet` (WordNet's subtrees), `endpoint` (a language model behind HTTP) or
+    `mllm` (a local multimodal model); default: `wordnet` for concepts of WordNet, else `list`."""
     path: str = ""
     """TSV: concept, polarity; wins over every annotator. Default of `list`: `recipes/polarity_words.tsv`."""
     model: str = ""
@@ -355,6 +362,7 @@ LOCAL_FIELDS = {
     ("polarity", "path"),
     ("polarity", "base_url"),
     ("embeddings", "path"),
+    ("stimuli", "service"),
 }
 """Fields that name places on this machine; they never reach a manifest."""
 
@@ -459,15 +467,16 @@ _AT_LEAST = {
     "atoms.n_top stimuli.max_uses stimuli.spare",
     1: "run.threads corpus.shard_rows concepts.min_count concepts.max_concepts clip.steps clip.batch "
     "clip.image_size clip.patch_size clip.hidden clip.n_layers embeddings.batch embeddings.shard_rows "
-    "stimuli.n_positive stimuli.min_positive stimuli.block stimuli.memory activations.batch "
-    "activations.shard_rows clip.checkpoint_steps sae.steps sae.batch sae.eval_steps sae.checkpoint_steps "
-    "atoms.n_nearest "
+    "stimuli.n_positive stimuli.min_positive stimuli.block stimuli.memory stimuli.proposals "
+    "activations.batch activations.shard_rows clip.checkpoint_steps sae.steps sae.batch sae.eval_steps "
+    "sae.checkpoint_steps atoms.n_nearest "
     "evaluate.items evaluate.batch polarity.batch polarity.workers sae.dead_tokens atoms.min_group",
     2: "stimuli.pool",
 }
 """Fields of whole numbers, by the least they may be."""
 
 _RANGES = {
+    "polarity.timeout": (0.1, 3_600.0),
     "clip.learning_rate": (0.0, 1.0),
     "clip.holdout": (0.0, 1.0),
     "activations.max_norm": (1.0, math.inf),
@@ -523,6 +532,12 @@ def check_k(config: SaeConfig, n_atoms: int) -> None:
         )
 
 
+def _check_annotator(config: PolarityConfig) -> None:
+    named = config.model or (config.annotator == "endpoint" and config.base_url)
+    if config.annotator in ("endpoint", "mllm") and not named:
+        raise RecipeError(f"polarity.model: expected the model of annotator {config.annotator!r}, got none")
+
+
 def _field(recipe: Recipe, where: str) -> Any:
     section, _, name = where.partition(".")
     return getattr(getattr(recipe, section), name)
@@ -539,6 +554,8 @@ def _check(recipe: Recipe) -> None:
         "concepts.source": (recipe.concepts.source, ("captions", "table", "wordnet")),
         "stimuli.dtype": (recipe.stimuli.dtype, ("float32", "bfloat16")),
         "stimuli.device": (recipe.stimuli.device, ("cpu", "cuda")),
+        "polarity.annotator": (recipe.polarity.annotator, ("", "list", "wordnet", "endpoint", "mllm")),
+        "polarity.dtype": (recipe.polarity.dtype, ("float32", "bfloat16", "float16")),
         "model.dtype": (recipe.model.dtype, ("float32", "bfloat16", "float16")),
         "model.tiny": (recipe.model.tiny, ("", "llava", "qwen2_5_vl", "internvl")),
         "activations.reading": (recipe.activations.reading, ("last", "caption_last", "caption_mean")),
@@ -570,5 +587,10 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("model: expected an `id` (Hub id or folder) or `tiny`, got neither")
     if recipe.model.published and not re.fullmatch(rf"{_REPO_PART}/{_REPO_PART}@\S+", recipe.model.published):
         raise RecipeError(f"model.published: expected `org/name@revision`, got {recipe.model.published!r}")
+    _check_annotator(recipe.polarity)
+    if recipe.stimuli.service and not recipe.embeddings.path:
+        raise RecipeError(
+            "stimuli.service: expected embeddings.path, which its index was built from, got none"
+        )
     if "{concept}" not in recipe.stimuli.template:
         raise RecipeError(f"stimuli.template: expected '{{concept}}' in it, got {recipe.stimuli.template!r}")

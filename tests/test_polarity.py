@@ -8,7 +8,8 @@ from pictures import tiny_recipe
 from small_run import opened
 
 from builders import polarity
-from builders.polarity import WORDS, label_concepts, read_labels
+from builders.annotate import Label
+from builders.polarity import WORDS, by_list, by_owner, differences, label_concepts, read_labels
 from builders.stages import Work, done
 from builders.vocabulary import concept_row
 from daco.errors import CorpusError, FormatError
@@ -24,7 +25,12 @@ def write(path: Path, text: str) -> Path:
 
 def test_labels_are_found_by_id_or_name_and_contradictions_counted(tmp_path: Path) -> None:
     labels, contradictions = read_labels(write(tmp_path / "l.tsv", LIST))
-    assert labels == {"knife": "undesirable", "shield": "desirable", "user:ball": "neutral"}
+    assert {name: label.polarity for name, label in labels.items()} == {
+        "knife": "undesirable",
+        "shield": "desirable",
+        "user:ball": "neutral",
+    }
+    assert labels["knife"].source == "l.tsv"
     assert contradictions == 1  # the first label of knife stays
 
 
@@ -49,31 +55,46 @@ def concepts() -> list[dict]:
     ]
 
 
-def test_a_list_of_the_recipe_overrides_the_table_and_the_common_list_fills_gaps() -> None:
-    labels = {"knife": "undesirable", "shield": "desirable", "user:ball": "neutral"}
-    rows, disagreements = label_concepts(concepts(), labels, "mine.tsv", overrides=True)
+def test_the_first_opinion_counts_and_differing_ones_are_counted() -> None:
+    sides = {"knife": "undesirable", "shield": "desirable", "user:ball": "neutral"}
+    listed = by_list(concepts(), {name: Label(side, "mine.tsv", "") for name, side in sides.items()})
+    rows, opinions = label_concepts(concepts(), [listed, by_owner(concepts())])
     assert [row["polarity"] for row in rows] == ["undesirable", "desirable", "neutral", "neutral"]
     assert [row["polarity_source"] for row in rows] == ["mine.tsv"] * 3 + ["default"]
-    assert disagreements == 2
-    rows, disagreements = label_concepts(concepts(), labels, "words.tsv", overrides=False)
+    assert differences(opinions) == (
+        2,
+        {
+            "mine.tsv: neutral, concepts table: desirable": 1,
+            "mine.tsv: undesirable, concepts table: neutral": 1,
+        },
+    )
+    rows, opinions = label_concepts(concepts(), [by_owner(concepts()), listed])
     assert [row["polarity"] for row in rows] == ["neutral", "desirable", "desirable", "neutral"]
     assert [row["polarity_source"] for row in rows] == [
         "concepts table",
-        "words.tsv",
+        "mine.tsv",
         "concepts table",
         "default",
     ]
-    assert disagreements == 2
+    assert differences(opinions)[0] == 2
+    assert [row["used"] for row in opinions] == [True, False, True, True, False, True]
+
+
+def test_an_empty_side_warns_and_names_what_to_set() -> None:
+    with pytest.warns(UserWarning, match=r"got no desirable one among 3; .* polarity\.path"):
+        polarity.warn_of_empty_sides({"undesirable": 1, "desirable": 0, "neutral": 2})
+    with pytest.warns(UserWarning, match="got no undesirable and no desirable one among 2"):
+        polarity.warn_of_empty_sides({"undesirable": 0, "desirable": 0, "neutral": 2})
 
 
 def test_the_common_list_has_no_contradictions_and_both_sides() -> None:
     labels, contradictions = read_labels(WORDS)
-    sides = list(labels.values())
+    sides = [label.polarity for label in labels.values()]
     assert contradictions == 0
     assert set(sides) <= set(POLARITIES)
     assert sides.count("undesirable") >= 140
     assert sides.count("desirable") >= 80
-    assert (labels["pistol"], labels["shield"]) == ("undesirable", "desirable")
+    assert (labels["pistol"].polarity, labels["shield"].polarity) == ("undesirable", "desirable")
 
 
 def finished(work: Work, name: str, table: object) -> None:
@@ -101,5 +122,6 @@ def test_the_stage_keeps_the_linked_concepts_with_their_counts(tmp_path: Path) -
         "desirable": 1,
         "neutral": 0,
         "disagreements": 1,
+        "opinions_against": {"l.tsv: undesirable, concepts table: neutral": 1},
         "contradictions_in_list": 1,
     }
