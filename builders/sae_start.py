@@ -129,8 +129,10 @@ def started(
     weights = start_weights(centre / scale, config.n_atoms, directions, rng)
     if config.activation == "jumprelu":
         weights["log_threshold"] = torch.full((config.n_atoms,), math.log(config.threshold))
-    if config.rest == "pca" and directions is not None:
-        add_components(weights, len(directions), sample(train, SAMPLE, rng) / scale, config)
+    if config.rest == "pca":
+        add_components(
+            weights, 0 if directions is None else len(directions), sample(train, SAMPLE, rng) / scale, config
+        )
     if config.encoder_scale == "fit":
         weights["W_enc"] *= encoder_scale(sample(train, FIT_TOKENS, rng) / scale, weights, config)
     return weights, scale
@@ -164,8 +166,8 @@ def encoder_scale(x: Tensor, weights: Weights, config: SaeConfig) -> float:
 def add_components(weights: Weights, n_concepts: int, x: Tensor, config: SaeConfig) -> None:
     """Replace random rows by the principal components of what the dictionary leaves over, both directions.
 
-    What is left over is the part of the centred activations outside the span of the k concepts nearest to
-    each token being written once: `x - s c W_dec` with the fitted scale s.
+    What is left over is `x - b_dec - s c W_dec`, c the TopK code of the concepts alone and s their fitted
+    scale; after a random start, all of `x - b_dec`.
 
     Args:
         weights: A start; its rows from `n_concepts` on are replaced, as many as there are components.
@@ -176,15 +178,21 @@ def add_components(weights: Weights, n_concepts: int, x: Tensor, config: SaeConf
     free = len(weights["W_dec"]) - n_concepts
     if not free:
         return
-    alone = {name: w[:n_concepts] for name, w in weights.items() if name in ("W_dec", "b_enc")}
-    alone |= {"W_enc": weights["W_enc"][:, :n_concepts], "b_dec": weights["b_dec"]}
-    topk = SaeConfig(k=min(config.k, n_concepts))
-    scale = encoder_scale(x, alone, topk)
-    left = torch.cat(
-        [p - alone["b_dec"] - scale * code_of(p, alone, topk) @ alone["W_dec"] for p in x.split(256)]
-    )
-    _, vectors = torch.linalg.eigh((left - left.mean(0)).double().T @ (left - left.mean(0)).double())
+    left = x - weights["b_dec"]
+    if n_concepts:
+        left = left - _written(weights, n_concepts, x, config.k)
+    left = (left - left.mean(0)).double()
+    _, vectors = torch.linalg.eigh(left.T @ left)
     components = vectors.flip(1).T.float()  # largest first
     signed = torch.stack([components, -components], 1).flatten(0, 1)[:free]
     weights["W_dec"][n_concepts : n_concepts + len(signed)] = signed
     weights["W_enc"] = weights["W_dec"].T.contiguous()
+
+
+def _written(weights: Weights, n_concepts: int, x: Tensor, k: int) -> Tensor:
+    """What the first `n_concepts` rows alone write of `x`, with their fitted scale."""
+    alone = {name: w[:n_concepts] for name, w in weights.items() if name in ("W_dec", "b_enc")}
+    alone |= {"W_enc": weights["W_enc"][:, :n_concepts], "b_dec": weights["b_dec"]}
+    topk = SaeConfig(k=min(k, n_concepts))
+    scale = encoder_scale(x, alone, topk)
+    return scale * torch.cat([code_of(part, alone, topk) @ alone["W_dec"] for part in x.split(256)])

@@ -125,3 +125,8 @@ def test_the_rest_may_start_as_both_directions_of_what_the_dictionary_leaves_ove
     assert float((first @ hidden[0]).abs()) > 0.9
     torch.testing.assert_close(weights["W_dec"].norm(dim=1), torch.ones(37))
     assert torch.equal(weights["W_enc"], weights["W_dec"].T)
+    bare, _ = sae_start.started(Rows(z), dataclasses.replace(CONFIG, rest="pca"), None, rng())
+    variance, axes = torch.linalg.eigh(torch.cov(z.double().T))
+    for row, axis in ((0, axes[:, -1]), (2, axes[:, -2])):
+        assert float((bare["W_dec"][row].double() @ axis).abs()) > 0.99
+    assert variance[-1] > variance[-2]
