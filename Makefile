@@ -1,4 +1,4 @@
-# make demo | test | lint | test-interop | wheel: each makes the virtual environment it needs when it is missing.
+# make demo | test | lint | test-interop | test-clip-retrieval | wheel: each makes the environment it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format test-interop wheel clean
+.PHONY: demo test lint format test-interop wheel clean test-clip-retrieval
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m hub.demo --out runs/demo
@@ -27,11 +27,14 @@ test-interop: $(VENV)/.ready .venv-saelens/.ready
 	SAELENS_PYTHON=.venv-saelens/bin/python SPARSIFY_PYTHON=.venv-saelens/bin/python \
 		$(BIN)/python -m pytest tests/test_interop.py
 
+test-clip-retrieval: $(VENV)/.ready .venv-clip-retrieval/.ready
+	CLIP_RETRIEVAL_BIN=$(CURDIR)/.venv-clip-retrieval/bin $(BIN)/python -m pytest tests/test_clip_retrieval.py -s
+
 wheel: $(VENV)/.ready
 	$(BIN)/python tests/check_wheel.py
 
 clean:
-	rm -rf $(VENV) .venv-saelens runs dist
+	rm -rf $(VENV) .venv-saelens .venv-clip-retrieval runs dist
 
 # torchvision's wheel asks for the exact torch it was built with, CUDA and all; without its dependencies it
 # takes the torch that is there.
@@ -45,4 +48,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 .venv-saelens/.ready: constraints.txt
 	$(PYTHON) -m venv .venv-saelens
 	.venv-saelens/bin/python $(PIP) "$$(grep '^torch==' constraints.txt)" sae-lens==6.54.0 eai-sparsify==1.3.3
+	touch $@
+
+.venv-clip-retrieval/.ready: builders/clip_retrieval_env.sh
+	rm -rf .venv-clip-retrieval
+	builders/clip_retrieval_env.sh .venv-clip-retrieval $(PYTHON)
 	touch $@

@@ -47,6 +47,8 @@ class Embeddings:
     """[n, d] unit rows."""
     ids: list[str]
     """stimulus_id of each row."""
+    source_rows: NDArray[np.int64] | None = None
+    """Row of each in the clip-retrieval folder that it was read from, parts one after another."""
 
 
 def load_embeddings(folder: Path) -> Embeddings:
@@ -56,13 +58,15 @@ def load_embeddings(folder: Path) -> Embeddings:
         FormatError: the arrays and the metadata do not belong together.
     """
     images, texts = (_load(folder / kind / f"{kind}_0.npy") for kind in ("img_emb", "text_emb"))
-    ids = read_table(folder / "metadata" / "metadata_0.parquet", METADATA)["stimulus_id"].to_pylist()
+    metadata = read_table(folder / "metadata" / "metadata_0.parquet", METADATA)
+    ids = metadata["stimulus_id"].to_pylist()
     if not len(images) == len(texts) == len(ids):
         raise FormatError(
             f"{folder}: expected as many image and text rows as metadata rows ({len(ids)}), "
             f"got {len(images)} and {len(texts)}; run the stage again"
         )
-    return Embeddings(images, texts, ids)
+    given = "source_row" in metadata.column_names
+    return Embeddings(images, texts, ids, metadata["source_row"].to_numpy() if given else None)
 
 
 def _load(path: Path) -> Half:
@@ -256,8 +260,10 @@ def open_part(images: Path, texts: Path, metadata: Path) -> Part:
     return Part(*sides, rows.select(names), (images, texts, metadata))
 
 
-def read_rows(part: Part, start: int, join: Join) -> tuple[Half, Half, list[int], Counter[str]]:
-    """Unit rows of a chunk of a part that belong to stimuli, the indices of those, and counts.
+def read_rows(
+    part: Part, start: int, join: Join
+) -> tuple[Half, Half, list[int], NDArray[np.int64], Counter[str]]:
+    """Unit rows of a chunk of a part that belong to stimuli, the indices of those, their rows, and counts.
 
     Raises:
         FormatError: a row is no direction: NaN, infinite or zero.
@@ -275,7 +281,8 @@ def read_rows(part: Part, start: int, join: Join) -> tuple[Half, Half, list[int]
         else:
             places.append(place)
             indices.append(found)
-    return unit_half(sides[0][places]), unit_half(sides[1][places]), indices, counts
+    mine = start + np.array(places, dtype=np.int64)
+    return unit_half(sides[0][places]), unit_half(sides[1][places]), indices, mine, counts
 
 
 def _check_rows(rows: NDArray[Any], file: Path, start: int) -> None:
@@ -337,7 +344,7 @@ def check(recipe: Recipe) -> None:
 def _read_shards(work: Work, stimuli: pa.Table) -> None:
     parts = clip_retrieval_parts(Path(work.recipe.embeddings.path))
     join = Join(stimuli)
-    width: int | None = None
+    width, first = None, 0
     for number, files in enumerate(work.progress(parts, unit="part")):
         part = open_part(*files)
         width = width or part.images.shape[1]
@@ -350,23 +357,34 @@ def _read_shards(work: Work, stimuli: pa.Table) -> None:
             if work.has(name := f"{number:06d}-{start:09d}"):
                 continue
             with work.shard(name) as folder:
-                images, texts, indices, counts = read_rows(part, start, join)
-                _write_shard(folder, images, texts, np.array(indices, dtype=np.int64), counts)
+                images, texts, indices, rows, counts = read_rows(part, start, join)
+                _write_shard(folder, images, texts, np.array(indices, dtype=np.int64), counts, first + rows)
+        first += part.rows.num_rows
 
 
 def _write_shard(
-    folder: Path, images: Half, texts: Half, indices: NDArray[Any], counts: Counter[str]
+    folder: Path,
+    images: Half,
+    texts: Half,
+    indices: NDArray[Any],
+    counts: Counter[str],
+    rows: NDArray[Any] | None = None,
 ) -> None:
-    for name, array in (("images", images), ("texts", texts), ("indices", indices)):
+    arrays = {"images": images, "texts": texts, "indices": indices}
+    for name, array in (arrays | ({} if rows is None else {"rows": rows})).items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     write_atomic(folder / "counts.json", canonical_json(counts))
 
 
-def _shard_arrays(shards: Sequence[Path]) -> Iterator[tuple[Half, Half, NDArray[Any]]]:
+def _shard_arrays(
+    shards: Sequence[Path],
+) -> Iterator[tuple[Half, Half, NDArray[Any], NDArray[Any] | None]]:
     for shard in shards:
         indices = np.load(shard / "indices.npy", allow_pickle=False)
         if len(indices):
-            yield _load(shard / "images.npy"), _load(shard / "texts.npy"), indices
+            rows = shard / "rows.npy"
+            source = np.load(rows, allow_pickle=False) if rows.is_file() else None
+            yield _load(shard / "images.npy"), _load(shard / "texts.npy"), indices, source
 
 
 def _join(work: Work, stimuli: pa.Table) -> None:
@@ -374,20 +392,24 @@ def _join(work: Work, stimuli: pa.Table) -> None:
     skipped = summed_counts(work.shards())
     n_in = skipped.pop("in", 0)
     seen = np.zeros(stimuli.num_rows, dtype=bool)
-    parts, order = [], []
-    for images, texts, indices in _shard_arrays(work.shards()):
+    parts, order, sources = [], [], []
+    for images, texts, indices, source in _shard_arrays(work.shards()):
         _, first = np.unique(indices, return_index=True)
         fresh = np.sort(first[~seen[indices[first]]])
         skipped["duplicate_row"] += len(indices) - len(fresh)
         seen[indices[fresh]] = True
         parts.append((images[fresh], texts[fresh]) if len(fresh) < len(indices) else (images, texts))
         order.append(indices[fresh])
+        if source is not None:
+            sources.append(source[fresh])
     if not seen.any():
         raise ActivationError(
             f"expected embeddings of {stimuli.num_rows} pairs, got none (skipped: {dict(+skipped)}); "
             "check that embeddings.path was made from this corpus"
         )
     ids = stimuli.select(METADATA.names).take(np.concatenate(order))
+    if sources:
+        ids = ids.append_column("source_row", pa.array(np.concatenate(sources), pa.int64()))
     write_embeddings(work.folder, parts, ids)
     work.drop_shards()
     counts = {"in": n_in, "out": ids.num_rows, "skipped": dict(+skipped)}

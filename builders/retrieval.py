@@ -646,7 +646,7 @@ def _decide(queries: Floats, corpus: Corpus, k: int, proposer: _Proposer) -> tup
         found, doubtful = Found([], []), []
         ends = np.searchsorted(who, np.arange(tile.stop - tile.start + 1)).tolist()
         for query, (start, end) in enumerate(itertools.pairwise(ends)):
-            best, best_scores = _ranked(rows[start:end], scores.at(slice(start, end)), corpus.place, k)
+            best, best_scores = ranked(rows[start:end], scores.at(slice(start, end)), corpus.place, k)
             found.rows.append(best)
             found.scores.append(best_scores)
             if len(best) < k or not best_scores.closeness[-1] > worst[query]:
@@ -658,7 +658,7 @@ def _decide(queries: Floats, corpus: Corpus, k: int, proposer: _Proposer) -> tup
     return _joined([part for part, _ in parts]), np.array(doubtful, dtype=np.int64)
 
 
-def _ranked(rows: Ints, scores: Scores, place: Ints, k: int) -> tuple[Ints, Scores]:
+def ranked(rows: Ints, scores: Scores, place: Ints, k: int) -> tuple[Ints, Scores]:
     """The k closest positives among candidates, closest first, ties by stimulus id."""
     order = np.lexsort((place[rows], -scores.closeness))
     order = order[scores.positive[order]][:k]
@@ -694,7 +694,7 @@ def _merge_exactly(
         fresh = start + np.flatnonzero(possible[query] & (product[query] >= bar))
         exact = exact_scores(asked, corpus, np.full(len(fresh), query), fresh)
         both = Scores(*(np.concatenate(pair) for pair in zip(scores, exact, strict=True)))
-        best[query] = _ranked(np.concatenate([rows, fresh]), both, corpus.place, k)
+        best[query] = ranked(np.concatenate([rows, fresh]), both, corpus.place, k)
 
 
 def draw_pool(n: int, size: int, seed: int) -> Ints:

@@ -17,6 +17,7 @@ import torch
 
 from builders.clip import Clip, clip_of
 from builders.embeddings import Embeddings, load_embeddings
+from builders.knn_service import Service, propose, search_candidates, search_negatives
 from builders.recipe import StimuliConfig
 from builders.retrieval import (
     Corpus,
@@ -72,6 +73,7 @@ def find_candidates(
     config: StimuliConfig,
     seed: int,
     engine: Engine | None = None,
+    source_rows: Ints | None = None,
 ) -> tuple[pa.Table, Counter[str]]:
     """Candidates of some concepts, near-duplicates dropped.
 
@@ -84,25 +86,41 @@ def find_candidates(
         config: How many, and what counts as a duplicate.
         seed: The run's seed.
         engine: How to compute; by default as `config` says.
+        source_rows: Of every corpus row the row of the index, where a service proposes.
 
     Returns:
         A table of CANDIDATES, and counts: near_duplicate_image, near_duplicate_caption, and `by_<dtype>`, the
         concepts that a pass in that dtype settled.
     """
     draws = [draw_places(row["concept_id"], len(pool), config.n_positive, seed) for row in concepts]
-    found = search(
-        queries,
-        corpus,
-        n_candidates(config),
-        pool=pool,
-        draws=draws,
-        n_negative=config.n_positive,
-        engine=engine or engine_of(config),
-    )
-    counts: Counter[str] = Counter({f"by_{name}": n for name, n in found.answered.items()})
-    near = _without_duplicates(found.nearest, corpus, config, counts)
-    sides = [_rows(concepts, near, "positive", ids), _rows(concepts, found.negatives, "negative", ids)]
+    engine = engine or engine_of(config)
+    k, n = n_candidates(config), config.n_positive
+    counts: Counter[str] = Counter()
+    if config.service:
+        nearest = _by_service(queries, corpus, k, config, source_rows)
+        negatives = search_negatives(queries, corpus, nearest.rows, pool, draws, n, engine)
+        counts["by_service"] = len(concepts)
+    else:
+        found = search(queries, corpus, k, pool=pool, draws=draws, n_negative=n, engine=engine)
+        nearest, negatives = found.nearest, found.negatives
+        counts.update({f"by_{name}": n for name, n in found.answered.items()})
+    near = _without_duplicates(nearest, corpus, config, counts)
+    sides = [_rows(concepts, near, "positive", ids), _rows(concepts, negatives, "negative", ids)]
     return pa.concat_tables(sides), counts
+
+
+def _by_service(
+    queries: Floats, corpus: Corpus, k: int, config: StimuliConfig, source_rows: Ints | None
+) -> Found:
+    if source_rows is None:
+        raise FormatError(
+            "stimuli.service: expected embeddings of a clip-retrieval folder, got the pipeline's own; "
+            "set embeddings.path"
+        )
+    rows = np.full(int(source_rows.max()) + 1, -1, dtype=np.int64)
+    rows[source_rows] = np.arange(len(source_rows))
+    service = Service(config.service, config.index, config.proposals)
+    return search_candidates(queries, corpus, k, propose(service, queries, rows))
 
 
 def _rows(concepts: Sequence[dict[str, Any]], found: Found, role: str, ids: Sequence[str]) -> pa.Table:
@@ -231,7 +249,16 @@ def run(work: Work) -> None:
         with work.shard(name) as folder:
             queries = embed_concepts(clip, [row["concept"] for row in chunk], config.template)
             _check_width(queries, embeddings)
-            table, counts = find_candidates(chunk, queries, corpus, embeddings.ids, pool, config, work.seed)
+            table, counts = find_candidates(
+                chunk,
+                queries,
+                corpus,
+                embeddings.ids,
+                pool,
+                config,
+                work.seed,
+                source_rows=embeddings.source_rows,
+            )
             write_table(folder / "candidates.parquet", table)
             write_atomic(folder / "counts.json", canonical_json(counts))
     _join(work, len(concepts), len(embeddings.ids))
