@@ -2,9 +2,9 @@
 
 Reads the toy world's LLaVA (shipped) and, where `--data` or `DACO_TEST_DATA` has `emoji/`, a tiny random
 LLaVA over emoji; writes `results/sae_start.json`, a list of {work, who, value, unit, ratio}. Every start is
-trained with the same seeds and batches; `value` is a mean over seeds with its 95 % t-interval beside it, `ratio`
-the value over that of the paper's start (`dictionary`: W_enc = W_dec^T). Directions are contrasts of what the
-pictures really show (toy) or of words of the captions (emoji), from training stimuli alone.
+trained with the same seeds and batches; `value` is a mean over seeds with its 95 % t-interval beside it,
+`ratio` the value over that of the paper's start (`dictionary`: W_enc = W_dec^T). Directions are contrasts of
+what pictures really show (toy) or of words of captions (emoji), from training stimuli alone.
 """
 
 import argparse

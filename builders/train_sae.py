@@ -372,11 +372,12 @@ def default_atoms(n_concepts: int) -> int:
 def _record(training: Training, held_out: Tokens, loss: float) -> None:
     config, step = training.config, training.steps_done
     limit = 0 if step == config.steps else config.eval_tokens
-    weights = training.exported()
+    device = training.parameters["b_enc"].device
+    weights = {name: w.to(device) for name, w in training.exported().items()}
     found: dict[str, Any] = measure(held_out, weights, config, limit)._asdict()
     found |= dict.fromkeys(Drift._fields)
     if training.concepts is not None:
-        found |= drift(weights["W_dec"], training.concepts.cpu())._asdict()
+        found |= drift(weights["W_dec"], training.concepts)._asdict()
     training.records.append({"step": step, "tokens_seen": step * config.batch, "loss": loss, **found})
 
 
