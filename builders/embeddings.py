@@ -383,7 +383,7 @@ def _shard_arrays(
         indices = np.load(shard / "indices.npy", allow_pickle=False)
         if len(indices):
             rows = shard / "rows.npy"
-            source = np.load(rows, allow_pickle=False) if rows.is_file() else None
+            source = np.load(rows, mmap_mode="r", allow_pickle=False) if rows.is_file() else None
             yield _load(shard / "images.npy"), _load(shard / "texts.npy"), indices, source
 
 
