@@ -93,6 +93,18 @@ class SAE(nn.Module):
         """The reconstruction from a code, `[..., n_atoms] -> [..., d_model]`."""
         return c @ self.W_dec + self.b_dec
 
+    def as_jumprelu(self, threshold: float) -> "SAE":
+        """The same weights with one threshold for all atoms: a TopK that need not compare its atoms.
+
+        The weights are shared.
+
+        Args:
+            threshold: Of all pre-activations, e.g. a release's `jumprelu_threshold`.
+        """
+        thresholds = torch.full_like(self.b_enc, threshold)
+        weights = self.W_enc, self.b_enc, self.W_dec, self.b_dec
+        return SAE(*weights, "jumprelu", threshold=thresholds).requires_grad_(self.W_enc.requires_grad)
+
     def forward(self, z: Tensor) -> Tensor:
         """The reconstruction `z^` of activations `[..., d_model]`."""
         return self.decode(self.encode(z))
@@ -147,6 +159,8 @@ class LayerSAE:
     """One row an atom, columns of `daco.tables.ATOMS`."""
     R: float
     """Median norm of the layer's unmasked training tokens; the unit of gamma."""
+    jumprelu_threshold: float | None = None
+    """At this threshold `sae.as_jumprelu` has as many active atoms a token as a TopK; None: not known."""
 
     def labels(self, eta: float | None = None) -> np.ndarray:
         """Polarity of each atom `[n_atoms]`: as released, or at another cosine threshold `eta`."""

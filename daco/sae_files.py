@@ -114,6 +114,8 @@ def sae_lens_cfg(layer: LayerSAE, model: ModelFacts) -> dict[str, Any]:
     }
     if sae.activation == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    if layer.jumprelu_threshold is not None:
+        cfg["metadata"]["jumprelu_threshold"] = layer.jumprelu_threshold
     return cfg
 
 
@@ -181,7 +183,7 @@ def read_layer(snapshot: Snapshot, layer: int, dtype: torch.dtype, device: str |
     steering = snapshot.path(f"{folder}/steering.safetensors")
     R = _read_R(steering, folder)
     _check_binding(steering, snapshot.manifest["files"][f"{folder}/sae_weights.safetensors"]["sha256"])
-    return LayerSAE(layer, sae, atoms, R)
+    return LayerSAE(layer, sae, atoms, R, _jumprelu_threshold(cfg, folder))
 
 
 def _read_cfg(path: Path, folder: str) -> dict[str, Any]:
@@ -196,6 +198,14 @@ def _read_cfg(path: Path, folder: str) -> dict[str, Any]:
     if architecture not in (known := [*_ARCHITECTURES.values()]):
         raise FormatError(f"{folder}/cfg.json: expected an architecture of {known}, got {architecture!r}")
     return dict(cfg)
+
+
+def _jumprelu_threshold(cfg: dict[str, Any], folder: str) -> float | None:
+    metadata = cfg.get("metadata")
+    value = metadata.get("jumprelu_threshold") if isinstance(metadata, dict) else None
+    if value is not None and not (isinstance(value, float) and math.isfinite(value) and value > 0):
+        raise FormatError(f"{folder}/cfg.json: jumprelu_threshold: expected a number above 0, got {value!r}")
+    return value
 
 
 def _read_R(path: Path, folder: str) -> float:
