@@ -61,7 +61,8 @@ def test_the_page_shows_texts_as_text_and_lost_pictures_as_nothing(tmp_path: Pat
     for stage, module in (("corpus", corpus), ("concepts", vocabulary), ("clip", clip),
                           ("embeddings", embeddings), ("stimuli", stimuli)):  # fmt: skip
         module.run(opened(recipe, tmp_path / "run", stage))
-    (pictures / "009.png").unlink()
+    for lost in list(pictures.glob("*[02468].png")):
+        lost.unlink()
     page = quality_html(tmp_path / "run", "A <b>title</b>")
     tags: list[str] = []
 
@@ -73,6 +74,6 @@ def test_the_page_shows_texts_as_text_and_lost_pictures_as_nothing(tmp_path: Pat
     Tags().feed(page)
     assert not {"script", "iframe", "a"} & set(tags)
     assert tags.count("section") == 3 * min(6, len(concept_quality(tmp_path / "run")))
-    assert tags.count("img") > 30
+    assert tags.count("img") > 9
     assert "A &lt;b&gt;title" in page
     assert 'class="none"' in page
