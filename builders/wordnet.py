@@ -88,11 +88,12 @@ def read_roots(path: Path, lexicon: Lexicon) -> tuple[list[Root], list[str]]:
 
 
 def _by_key(lexicon: Lexicon) -> dict[str, list[tuple[str, Sense]]]:
-    """Lemma and sense by the first three fields of a sense key: all but an adjective's head."""
+    """Lemma and sense by sense key, whole or without its last two fields, an adjective's head."""
     found: dict[str, list[tuple[str, Sense]]] = {}
     for lemma, senses in lexicon.senses.items():
         for sense in senses:
-            found.setdefault(":".join(sense.key.split(":")[:3]), []).append((lemma, sense))
+            for key in (sense.key, sense.key.rsplit(":", 2)[0]):
+                found.setdefault(key, []).append((lemma, sense))
     return found
 
 

@@ -116,7 +116,7 @@ def write_lists(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "undesirable_roots.tsv").write_text(
         "group\tsense_key_prefix\tsign\n"
-        "weapons\tweapon%1:06:00\t+\nweapons\tpopgun%1:06:00\t-\nweapons\tknife%1:06:00\t+1\n"
+        "weapons\tweapon%1:06:00\t+\nweapons\tpopgun%1:06:00\t-\nweapons\tknife%1:06:00::\t+1\n"
         "weapons\tlaser%1:06:00\t+\n"
     )
     (folder / "desirable_roots.tsv").write_text(
