@@ -42,7 +42,6 @@ def quality_html(out: Path, title: str) -> str:
     groups = [("Best", table.head(SHOWN)), ("Median", table.iloc[middle : middle + SHOWN]),
               ("Worst", table.tail(SHOWN).iloc[::-1])]  # fmt: skip
     counts = done(out, "stimuli")["counts"]
-    dropped = {**counts["skipped"], **counts.get("candidates_dropped", {})}
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
@@ -51,7 +50,10 @@ def quality_html(out: Path, title: str) -> str:
         n_concepts=len(table),
         n_stimuli=shown.n_linked,
         busiest=shown.busiest,
-        dropped=[(name.replace("_", " "), n) for name, n in sorted(dropped.items()) if n],
+        dropped=[
+            (what, [(name.replace("_", " "), n) for name, n in sorted(counts.get(key, {}).items()) if n])
+            for what, key in (("concepts", "skipped"), ("candidates", "candidates_dropped"))
+        ],
         overlapping=float((table["gap"] < 0).mean()),
         disagreeing=float((table["agreement"] <= 0).mean()),
         quantiles=_quantiles(table),

@@ -264,3 +264,10 @@ def test_the_template_is_filled_as_text(tmp_path: Path) -> None:
     recorder = Recorder()
     embed_concepts(recorder, ["{0}", "a {concept}"], "a photo of {concept} {x}")  # type: ignore[arg-type]
     assert recorder.texts == ["a photo of {0} {x}", "a photo of a {concept} {x}"]
+
+
+def test_a_small_corpus_is_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = until_embeddings(make_folder(tmp_path / "pics", 24), tmp_path / "run")
+    stimuli.run(opened(recipe, tmp_path / "run", "stimuli"))
+    assert "5 positives a concept out of 24 stimuli" in capsys.readouterr().err
+    assert "lower stimuli.n_positive to 1" in (tmp_path / "run" / "log.jsonl").read_text()
