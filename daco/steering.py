@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from daco.capture import block_output
 from daco.errors import NothingToSteerError, SteeringConflictError, UnsupportedModelError
-from daco.methods import MOP, ActAdd, Method, SAESteering, check_on_empty
+from daco.methods import MOP, ActAdd, Method, Projection, SAESteering, check_on_empty
 from daco.report import PLACES, Report, Tally, layer_report
 from daco.sites import find_trunk, image_token_ids, site, transformers_model
 
@@ -282,10 +282,10 @@ def _prepare(
         raise UnsupportedModelError(
             f"expected a transformers model, got {got}; pass the model, not its processor"
         )
-    if not isinstance(method, SAESteering | MOP | ActAdd):
+    if not isinstance(method, SAESteering | MOP | ActAdd | Projection):
         raise TypeError(
-            f"method: expected SAESteering, MOP or ActAdd, got {type(method).__name__}; SAEs steer by "
-            "`sae.steer(model)`, a SafetyPrompt is applied to the messages"
+            f"method: expected SAESteering, MOP, ActAdd or Projection, got {type(method).__name__}; "
+            "SAEs steer by `sae.steer(model)`, a SafetyPrompt is applied to the messages"
         )
     check_on_empty(on_empty)
     if scope not in SCOPES:
