@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from builders.recipe import SaeConfig
@@ -115,7 +116,8 @@ def aux_loss(residual: Tensor, centred: Tensor, dead: Mapping[str, Tensor], k: i
         k: How many of them may be active a token.
 
     Returns:
-        A scalar, mean over tokens of `||residual - residual^||^2`.
+        A scalar, mean over tokens of `||residual - residual^||^2`. The paper takes it as a share of the
+        residual (and the loss as a share of the activations): `residual_unit` makes it so.
 
     Source: Gao et al., Scaling and evaluating sparse autoencoders (arXiv 2406.04093), appendix A.2.
     """
@@ -123,6 +125,14 @@ def aux_loss(residual: Tensor, centred: Tensor, dead: Mapping[str, Tensor], k: i
     values, atoms = pre.relu().topk(min(k, pre.shape[1]), dim=-1)
     code = torch.zeros_like(pre).scatter(1, atoms, values)
     return (residual.detach() - code @ dead["W_dec"]).square().sum(-1).mean()
+
+
+def residual_unit(residual: Tensor, centred: Tensor) -> Tensor:
+    """Size of the centred activations over that of the residual, of the whole batch of all processes."""
+    sizes = torch.stack([centred.square().sum(), residual.square().sum().clamp_min(1e-30)])
+    if dist.is_initialized():
+        dist.all_reduce(sizes)
+    return sizes[0] / sizes[1]
 
 
 def geometric_median(x: Tensor, iterations: int = 50, epsilon: float = 1e-6) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from builders.recipe import SaeConfig
-from builders.sae_losses import aux_loss, loss_of
+from builders.sae_losses import aux_loss, loss_of, residual_unit
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -325,8 +325,9 @@ class Step:
         """Add AuxK's gradients of the dead atoms' rows; returns its part of the loss."""
         names = ("W_enc", "b_enc", "W_dec")
         rows = {name: self.weights[name][dead].requires_grad_() for name in names}
+        weight = self.config.aux_weight * residual_unit(residual, centred)
         with torch.enable_grad():
-            loss = self.config.aux_weight * aux_loss(residual, centred, rows, self.config.aux_k)
+            loss = weight * aux_loss(residual, centred, rows, self.config.aux_k)
         slopes = torch.autograd.grad(loss, [rows[name] for name in names])
         for name, slope in zip(names, slopes, strict=True):
             self.gradients[name].index_add_(0, dead, slope)

@@ -166,7 +166,8 @@ def test_aux_k_teaches_encoder_and_decoder_of_dead_atoms_alone():
         for name, w in weights.items()
         if name != "b_dec"
     }
-    loss = 0.5 * sae_losses.aux_loss(residual, x - weights["b_dec"], leaves, 2)
+    unit = (x - weights["b_dec"]).square().sum() / residual.square().sum()
+    loss = 0.5 * unit * sae_losses.aux_loss(residual, x - weights["b_dec"], leaves, 2)
     loss.backward()
     close(found.loss - stepped(x, weights, config, 0.0).loss, loss.detach(), 1e-3)
     found = stepped(x, weights, config, 0.0, dead=dead).by_name
@@ -175,6 +176,17 @@ def test_aux_k_teaches_encoder_and_decoder_of_dead_atoms_alone():
         close(added[dead], leaf.grad, 1e-4)
         others = torch.ones(37, dtype=torch.bool).index_fill(0, dead, False)
         assert not added[others].any()
+
+
+def test_aux_k_equals_the_naive_one():
+    residual, centred = draw(5, 6, seed=1), draw(5, 6, seed=2)
+    dead = {"W_enc": draw(4, 6, seed=3), "b_enc": draw(4, seed=4), "W_dec": draw(4, 6, seed=5)}
+    total = 0.0
+    for r, x in zip(residual.numpy(), centred.numpy(), strict=True):
+        pre = np.maximum(dead["W_enc"].numpy() @ x + dead["b_enc"].numpy(), 0)
+        kept = sorted(range(4), key=lambda i: -pre[i])[:2]
+        total += ((r - sum(pre[i] * dead["W_dec"].numpy()[i] for i in kept)) ** 2).sum()
+    assert float(sae_losses.aux_loss(residual, centred, dead, 2)) == pytest.approx(total / 5)
 
 
 def test_one_step_moves_weights_as_projected_adam_does():
