@@ -5,12 +5,16 @@ methods are the same items. Items and runs are drawn with replacement, both toge
 holds for other items *and* for other seeds.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 SAMPLES = 2_000
 """Bootstrap samples."""
+
+Z = 1.959964
+"""Standard normal quantile of a 95 % interval."""
 
 
 class Interval(NamedTuple):
@@ -36,6 +40,19 @@ def interval(outcomes: np.ndarray, seed: int = 0) -> Interval:
     means = _bootstrap(outcomes.astype(float), np.random.default_rng(seed))
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(outcomes.mean()), float(low), float(high))
+
+
+def rate(outcomes: np.ndarray, seed: int = 0) -> Interval:
+    """Mean of zeros and ones [runs, items] with an interval that is never empty.
+
+    The hull of the bootstrap's interval and of Wilson's for the number of items: where all outcomes are the
+    same, every bootstrap sample is too, and would claim certainty.
+    """
+    mean, low, high = interval(outcomes, seed)
+    n = outcomes.shape[1]
+    spread = Z * math.sqrt(max(0.0, mean * (1 - mean)) / n + Z**2 / (4 * n**2))
+    centre, scale = mean + Z**2 / (2 * n), 1 + Z**2 / n
+    return Interval(mean, min(low, (centre - spread) / scale), max(high, (centre + spread) / scale))
 
 
 def paired(outcomes: np.ndarray, against: np.ndarray, seed: int = 0) -> Interval:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from builders.statistics import interval, paired
+from builders.statistics import interval, paired, rate
 
 
 def test_a_rate_is_inside_its_interval_which_narrows_with_items() -> None:
@@ -29,6 +29,15 @@ def test_runs_that_differ_widen_the_interval() -> None:
     apart = interval((draw.random((5, 500)) < rates).astype(float))
     alike = interval((draw.random((5, 500)) < rates.mean()).astype(float))
     assert apart.high - apart.low > 4 * (alike.high - alike.low)
+
+
+def test_a_rate_of_none_or_all_is_not_certain() -> None:
+    # Wilson's interval for 0 of 200: 0 to z^2 / (200 + z^2)
+    assert rate(np.zeros((1, 200))) == pytest.approx((0, 0, 1.959964**2 / (200 + 1.959964**2)), abs=1e-9)
+    assert rate(np.ones((3, 200))).low == pytest.approx(1 - rate(np.zeros((1, 200))).high)
+    some = (np.random.default_rng(0).random((4, 300)) < 0.4).astype(float)
+    inner, outer = interval(some), rate(some)
+    assert outer.low <= inner.low < inner.high <= outer.high
 
 
 def test_pairing_removes_what_items_share() -> None:

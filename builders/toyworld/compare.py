@@ -22,7 +22,7 @@ from PIL import Image
 
 from builders.recipe import Recipe
 from builders.stages import seal_sha256
-from builders.statistics import Interval, interval, paired
+from builders.statistics import Interval, paired, rate
 from builders.toyworld import judge, scenes
 from builders.toyworld.arms import LABELS, N_SETTINGS, SAE_ARMS, STARTS, Parts, Setting, describe
 from builders.toyworld.bench import FIGURES, Bench, Outcomes, figure, prompted, suites_of
@@ -255,7 +255,7 @@ def _cell(folder: Path, arm: str, seed: int) -> Outcomes:
 
 def _figure(cells: Sequence[Outcomes], plain: Sequence[Outcomes], name: str, arm: str) -> dict[str, Any]:
     outcomes = np.stack([figure(cell, name) for cell in cells])
-    found = _interval(interval(outcomes), "rate") | {"n": outcomes.shape[1]}
+    found = _interval(rate(outcomes), "rate") | {"n": outcomes.shape[1]}
     if arm == "none":
         return found
     return found | {"difference": _interval(paired(outcomes, figure(plain[0], name)[None]), "mean")}
