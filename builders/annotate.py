@@ -189,11 +189,14 @@ def _ask_in_rounds(
         groups = [pending[start : start + batch] for start in range(0, len(pending), batch)]
         prompts = [prompt_for(group) for group in groups]
         lengths = [TOKENS * len(group) for group in groups]
-        with ThreadPoolExecutor(workers) as pool:
+        pool = ThreadPoolExecutor(workers)
+        try:
             texts = pool.map(ask, prompts, lengths, [attempt] * len(groups))
             for group, text in progress(zip(groups, texts, strict=True)):
                 first = first or text
                 answers |= read_answer(text, [concept["concept_id"] for concept in group])
+        finally:  # an interrupted run asks nothing more
+            pool.shutdown(cancel_futures=True)
         pending = [concept for concept in pending if concept["concept_id"] not in answers]
         batch = max(1, batch // 4)
     return answers, first

@@ -33,6 +33,8 @@ class Stub:
     def __init__(self) -> None:
         self.url = ""
         self.answer: Callable[[list[dict[str, Any]]], str] = good
+        self.delay = 0.0
+        """Seconds before each answer."""
         self.faults: list[Fault] = []
         """What happens to the next requests, one each, before it answers again."""
         self.asked: list[list[str]] = []
@@ -63,6 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
         with self.stub.lock:
             self.stub.asked.append([concept["concept"] for concept in concepts])
+        time.sleep(self.stub.delay)
         self.reply(200, chat(self.stub.answer(concepts)))
 
     def reply(self, status: int, body: str, headers: dict[str, str] | None = None) -> None:

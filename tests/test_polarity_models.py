@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from chat_stub import Stub, body, chat, chat_server, good, hang_up, sleep_long, status
 from pictures import tiny_recipe
-from small_run import opened
+from small_run import Killed, KilledWork, digests, opened
 
 from builders import endpoint, polarity
 from builders.annotate import annotate, by_subtrees, local_model, prompt_for, read_answer, source_of
 from builders.endpoint import ATTEMPTS, LONGEST_WAIT, Endpoint, wait_seconds
 from builders.recipe import PolarityConfig, public_recipe, recipe_of
-from builders.stages import done
+from builders.stages import Work, done
 from builders.tiny import tiny_mllm
 from builders.vocabulary import COLUMNS, concept_row
 from daco.errors import EndpointError, FormatError, RecipeError
@@ -246,7 +246,7 @@ def test_a_local_models_answers_become_labels(tmp_path: Path, monkeypatch: pytes
     }
 
 
-def finished_stages(tmp_path: Path, rows: list[dict], **sections: dict) -> polarity.Work:
+def finished_stages(tmp_path: Path, rows: list[dict], **sections: dict) -> Work:
     recipe = tiny_recipe(tmp_path, **sections)
     links = [
         {"concept_id": row["concept_id"], "stimulus_id": "0" * 16, "role": "positive", "rank": 0, "dist": 1.0}
@@ -307,6 +307,26 @@ def test_the_stage_prefers_the_users_labels_and_reports_who_differs(stub: Stub, 
         "undesirable": 1,
     }
     assert done(tmp_path / "run", "polarity")["counts"]["out"] == 4
+
+
+def test_a_stage_killed_between_batches_pays_for_no_answer_twice(stub: Stub, tmp_path: Path) -> None:
+    rows = concepts(*(f"{side} {i}" for i in range(3) for side in ("bad", "good")))
+    fields = {"annotator": "endpoint", "model": "m", "base_url": stub.url, "workers": 1, "batch": 1}
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+        finished_stages(tmp_path / folder, rows, polarity=fields)
+    polarity.run(Work(tiny_recipe(tmp_path, polarity=fields), tmp_path / "whole" / "run", "polarity"))
+    stub.asked, stub.delay = [], 0.1
+    dying = KilledWork(tiny_recipe(tmp_path, polarity=fields), tmp_path / "killed" / "run", "polarity")
+    dying.at = 2
+    with pytest.raises(Killed):
+        polarity.run(dying)
+    assert 2 <= len(stub.asked) < 6
+    stub.delay = 0.0
+    polarity.run(Work(dying.recipe, tmp_path / "killed" / "run", "polarity"))
+    assert len(stub.asked) == 6
+    digests_of = {f: digests(tmp_path / f / "run" / "polarity") for f in ("whole", "killed")}
+    assert digests_of["killed"] == digests_of["whole"]
 
 
 def test_the_subtrees_are_the_default_of_a_wordnet_vocabulary(tmp_path: Path) -> None:
