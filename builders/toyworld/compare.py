@@ -207,13 +207,17 @@ def examples(bench: Bench, plan: Plan, chosen: Mapping[str, Setting]) -> list[di
 
 
 def run(
-    out: Path, recipe: Recipe, plan: Plan | None = None, progress: Progress = lambda cells: cells
+    out: Path,
+    recipe: Recipe,
+    plan: Plan | None = None,
+    progress: Progress = lambda cells: cells,
+    settings: Path = SETTINGS,
 ) -> dict[str, Any]:
     """Compare the arms on one run folder; writes and returns `compare/results.json`."""
-    start, plan, settings = time.monotonic(), plan or Plan(), read_settings()
+    start, plan, chosen = time.monotonic(), plan or Plan(), read_settings(settings)
     bench = Bench(out, recipe)
-    measure(bench, plan, settings, progress)
-    results = summarise([bench.folder], plan, settings) | {"seconds": time.monotonic() - start}
+    measure(bench, plan, chosen, progress)
+    results = summarise([bench.folder], plan, chosen) | {"seconds": time.monotonic() - start}
     write_atomic(bench.folder / "results.json", canonical_json(results))
     return results
 
