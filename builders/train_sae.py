@@ -509,6 +509,7 @@ def _write_layer(folder: Path, training: Training, layer: int, n_tokens: int, fo
         "layer": layer,
         "activation": RELEASED_AS.get(config.activation, config.activation),
         "trained_as": config.activation,
+        "selected_in": training.compute.encoder.dtype,
         "k": config.k if config.activation == "topk" else None,
         "start": config.start,
         "d_model": weights["W_dec"].shape[1],

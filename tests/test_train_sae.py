@@ -137,6 +137,7 @@ def test_stage_writes_weights_measurements_and_facts(upstream):
         assert table[-1]["drift_cos"] < 1
         facts = json.loads((folder / "facts.json").read_text())
         assert facts["threshold"] > 0
+        assert facts["selected_in"] == "float32"  # so small a product is exact on any machine
         assert 0.3 < facts["agreement"] <= 1
         assert facts["threshold_l0"] == pytest.approx(3, abs=1.5)
     assert not (upstream / "sae" / "shards").exists()
