@@ -38,6 +38,9 @@ class Endpoint:
             empty: a provider of Hugging Face.
         provider: Name of the provider, or `auto`.
         timeout: Seconds an answer may take.
+
+    Raises:
+        EndpointError: a provider of Hugging Face, and nobody is logged in.
     """
 
     def __init__(
@@ -45,10 +48,14 @@ class Endpoint:
     ) -> None:
         self.model, self.name = model, model or str(urlsplit(base_url).hostname)
         self._token = (os.environ.get(TOKEN, "") if base_url else get_token()) or ""
+        if not base_url and not self._token:
+            raise EndpointError(
+                f"{self.name}: expected a token of Hugging Face, got none; run `hf auth login`"
+            )
         if base_url:  # without a token of its own the client would send that of Hugging Face
             self._client = InferenceClient(base_url=base_url, token=self._token or "none", timeout=timeout)
         else:
-            self._client = InferenceClient(provider=provider, token=self._token or None, timeout=timeout)
+            self._client = InferenceClient(provider=provider, token=self._token, timeout=timeout)
 
     def ask(self, prompt: str, max_tokens: int) -> str:
         """The answer to one prompt, as text; what the server cannot answer now is asked again.

@@ -147,6 +147,12 @@ def test_a_provider_of_hugging_face_gets_its_token(monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_no_token_for_hugging_face_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "get_token", lambda: None)
+    with pytest.raises(EndpointError, match="org/model: expected a token of Hugging Face, got none; run `hf"):
+        Endpoint("org/model")
+
+
 IDS = ["a", "b", "c"]
 FINE = {"number": 1, "polarity": "neutral", "rationale": "r"}
 
