@@ -4,6 +4,7 @@ Reads the stages of a run folder; writes the SAEs of further starts and seeds to
 """
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from builders.activations import open_mllm
 from builders.atoms import BLOCK, firing_rates
 from builders.directions import load_dictionary
 from builders.recipe import Recipe
+from builders.stages import seal_sha256
 from builders.toyworld import judge
 from builders.toyworld.arms import STARTS, Parts, Setting, method_of
 from builders.toyworld.model import Batcher, answers
@@ -41,6 +43,9 @@ FIGURES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """What is reported: the suites and the field of their verdicts."""
 
+STAGES = ("polarity", "directions", "activations", "sae")
+"""What a comparison is made from."""
+
 Outcomes = dict[str, dict[str, list[int]]]
 """By suite, then by field of `judge.Verdict`: 0 or 1 of every item."""
 
@@ -59,6 +64,16 @@ class Bench:
         self.batcher = Batcher(processor)
         self.dictionary = load_dictionary(out / "polarity", out / "directions")
         self.shards = sorted((out / "activations" / "shards").iterdir())
+        seals = [seal_sha256(out, stage) for stage in STAGES]
+        self.made_from = hashlib.sha256(canonical_json(seals).encode()).hexdigest()
+        self._drop_saes_of_another_run()
+
+    def _drop_saes_of_another_run(self) -> None:
+        mark = self.folder / "sae" / "made_from.txt"
+        if not mark.is_file() or mark.read_text("utf-8") != self.made_from:
+            shutil.rmtree(mark.parent, ignore_errors=True)
+            mark.parent.mkdir(parents=True)
+            write_atomic(mark, self.made_from)
 
     def parts(self, seed: int) -> Parts:
         """What arms are made of, with the SAEs of a seed."""

@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 from builders.recipe import Recipe
-from builders.stages import seal_sha256
 from builders.statistics import Interval, paired, rate
 from builders.toyworld import judge, scenes
 from builders.toyworld.arms import LABELS, N_SETTINGS, SAE_ARMS, STARTS, Parts, Setting, describe
@@ -33,6 +32,10 @@ from daco.manifest import canonical_json, write_atomic
 
 SETTINGS = Path(__file__).with_name("settings.json")
 """What `python -m builders.toyworld tune` chose, and everything it tried."""
+
+TUNED = ("unsafe", "refusal", "utility", "helpful", "over_refusal")
+TUNED_ON = {suite for name in TUNED for suite in FIGURES[name][0]}
+"""Figures that tuning sees, and the suites behind them: cue words of set B are for the test alone."""
 
 EXAMPLE_ARMS = ("none", "prompting", "actadd", "mop", "daco")
 
@@ -81,17 +84,19 @@ def tune(
     Returns:
         `chosen` (arm -> setting), `tried` (arm, setting and figures of each trial), `n`.
     """
-    parts, suites = bench.parts(bench.recipe.run.seed), suites_of(n, "validation")
+    parts = bench.parts(bench.recipe.run.seed)
+    suites = {name: items for name, items in suites_of(n, "validation").items() if name in TUNED_ON}
     kept = bench.folder / "tune"
     kept.mkdir(parents=True, exist_ok=True)
     tried = []
     for arm, setting in progress([(arm, setting) for arm, found in settings.items() for setting in found]):
-        name = hashlib.sha256(canonical_json([arm, setting, n]).encode()).hexdigest()[:16]
-        if not (kept / f"{name}.json").is_file():
+        facts = canonical_json([bench.made_from, arm, setting, n])
+        path = kept / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
+        if not path.is_file():
             outcomes = bench.outcomes(parts, arm, setting, suites)
-            means = {figure_: float(figure(outcomes, figure_).mean()) for figure_ in FIGURES}
-            write_atomic(kept / f"{name}.json", canonical_json(means))
-        tried.append({"arm": arm, "setting": setting} | json.loads((kept / f"{name}.json").read_text()))
+            means = {name: float(figure(outcomes, name).mean()) for name in TUNED}
+            write_atomic(path, canonical_json(means))
+        tried.append({"arm": arm, "setting": setting} | json.loads(path.read_text("utf-8")))
     plain = next(row for row in tried if row["arm"] == "none")
     best = {
         arm: min((row for row in tried if row["arm"] == arm), key=lambda row: cost(row, plain))
@@ -137,8 +142,7 @@ def measure(bench: Bench, plan: Plan, settings: Mapping[str, Any], progress: Pro
 
 def _fresh(bench: Bench, plan: Plan, settings: Mapping[str, Any]) -> None:
     """Empty the folder where what it was measured on has changed; what tuning tried stays."""
-    seals = [seal_sha256(bench.out, stage) for stage in ("polarity", "directions", "activations", "sae")]
-    facts = canonical_json([seals, dataclasses.asdict(plan), settings["chosen"]])
+    facts = canonical_json([bench.made_from, dataclasses.asdict(plan), settings["chosen"]])
     now, path = hashlib.sha256(facts.encode()).hexdigest(), bench.folder / "measured_on.txt"
     if not path.is_file() or path.read_text("utf-8") != now:
         for part in ("cells", "examples"):
@@ -270,7 +274,7 @@ def _interval(found: Interval, name: str) -> dict[str, float]:
 
 
 def _front(row: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {name: row[name] for name in FIGURES}
+    facts = {name: row[name] for name in TUNED}
     return {"method": row["arm"], "setting": describe(row["setting"])} | facts
 
 

@@ -85,7 +85,7 @@ def suite(name: str, n: int, seed: int, split: str = "test") -> list[Item]:
 
 
 def verdicts(
-    model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 128, system: str = ""
+    model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 250, system: str = ""
 ) -> list[Verdict]:
     """Ask and judge; `system` as in `Batcher.prompts`."""
     said = answers(model, batcher, items, batch, system)

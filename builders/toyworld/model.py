@@ -198,7 +198,7 @@ _BLANK = Item("question", scenes.Scene("ball", "red", "beach", "big", 1), "TEXT"
 
 @torch.no_grad()
 def answers(
-    model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 128, system: str = ""
+    model: Any, batcher: Batcher, items: Sequence[Item], batch: int = 250, system: str = ""
 ) -> list[str]:
     """What the model says to items, greedily, at most `MAX_NEW_TOKENS` tokens; `system` as in `Batcher`."""
     texts: list[str] = []
