@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from builders.pipeline import run as run_pipeline
 from builders.recipe import load_recipe
-from builders.toyworld import arms, compare, eyes, judge, scenes
+from builders.toyworld import ablate, arms, compare, eyes, judge, scenes
 from builders.toyworld.bench import Bench
 from builders.toyworld.model import Batcher
 from builders.toyworld.train import Plan, Trainer
@@ -30,6 +30,8 @@ Work = Annotated[Path, typer.Option(help="Where checkpoints go; running again re
 
 RESULTS = Path("benchmarks/results/toyworld.json")
 """The committed table."""
+
+ABLATIONS = Path("benchmarks/results/toyworld_ablations.json")
 
 
 def cells_bar(cells: Sequence[Any]) -> Iterable[Any]:
@@ -153,6 +155,23 @@ def table(
         found = compare.summarise(folders, plan, settings)
         write_atomic(to, canonical_json(found))
         print(compare.as_text(found))
+
+
+@app.command("ablate")
+def ablate_choices(
+    out: Annotated[Path, typer.Option(help="Run folder; its pipeline is run first where it is not done.")],
+    recipe: RecipeFile = DEMO,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option(help="Test items of each suite.")] = 300,
+    to: Annotated[Path, typer.Option(help="Where the rows go.")] = ABLATIONS,
+) -> None:
+    """Vary DACO's choices one at a time around the chosen setting."""
+    loaded = load_recipe(recipe, overrides or ())
+    run_pipeline(loaded, out, until="sae")
+    chosen = compare.read_settings()["chosen"]["daco"]
+    found = ablate.run(Bench(out, loaded), chosen, n, cells_bar)
+    write_atomic(to, canonical_json(found))
+    print(ablate.as_text(found))
 
 
 if __name__ == "__main__":

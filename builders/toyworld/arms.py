@@ -68,7 +68,10 @@ def settings_of(arm: str, layers: Sequence[int]) -> list[Setting]:
         arm: One of `LABELS`.
         layers: Layers of the dictionary: all of them are steered, or the first half.
     """
-    places = {"layers": [list(layers), list(layers)[: len(layers) // 2]], "scope": ["prompt", "all"]}
+    places: dict[str, list[Any]] = {
+        "layers": [list(layers), list(layers)[: len(layers) // 2]],
+        "scope": ["prompt", "all"],
+    }
     if arm == "none":
         return [{}]
     if arm == "prompting":
@@ -102,13 +105,16 @@ class Parts:
     """Firing rates of their atoms, likewise."""
     seed: int
     """Of what the controls draw."""
+    centroids: str = "one"
+    """How atoms are labelled; see `builders.atoms.atoms_table`."""
 
 
 def steering_of(parts: Parts, start: str, dictionary: ConceptDictionary) -> SteeringSAE:
     """The SAEs of a start with atoms labelled and named by a dictionary."""
     layers = {}
     for layer, sae in parts.saes[start].items():
-        table = atoms_table(sae.W_dec.detach(), dictionary, layer, parts.rates[start][layer])
+        rates = parts.rates[start][layer]
+        table = atoms_table(sae.W_dec.detach(), dictionary, layer, rates, centroids=parts.centroids)
         layers[layer] = LayerSAE(layer, sae, table.to_pandas(), dictionary.R[layer])
     activation = next(iter(layers.values())).sae.activation
     config = {
