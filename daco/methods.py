@@ -513,7 +513,8 @@ def undesirable_basis(
     if rank == 1:
         return dictionary.centroid(layer, "undesirable").to(dtype)[None]
     rows = dictionary.unit(layer)[np.flatnonzero(dictionary.mask("undesirable"))]
-    return torch.linalg.svd(rows.double(), full_matrices=False).Vh[:rank].to(dtype)
+    leading: Tensor = torch.linalg.svd(rows.double(), full_matrices=False).Vh[:rank]
+    return leading.to(dtype)
 
 
 def check_on_empty(on_empty: str) -> None:
