@@ -31,7 +31,7 @@ SECTIONS = {
     "embeddings": {"batch": 6, "shard_rows": 12},
     "stimuli": {"n_positive": 5, "min_positive": 1, "pool": 64, "block": 5},
     "model": {"tiny": "llava"},
-    "activations": {"layers": [1, 2], "batch": 4, "shard_rows": 12},
+    "activations": {"layers": [1, 2], "batch": 4, "shard_rows": 5},
     "sae": {"k": 4, "holdout": 0.4, "steps": 20, "batch": 32, "eval_steps": 5, "checkpoint_steps": 4},
     "evaluate": {"items": 12, "batch": 3},
     "release": {"org": "local", "dataset": "DACO-kill", "licence": "cc0-1.0"},
