@@ -133,14 +133,18 @@ def load_steering(recipe: Recipe, sae: Path, atoms: Path, dictionary: ConceptDic
         "format_version": FORMAT_VERSION,
         "base_model": dataclasses.asdict(dictionary.model),
         "layers": dictionary.layers,
-        "activation": recipe.sae.activation,
-        "steering": {"eta": recipe.atoms.eta, "gamma": recipe.evaluate.gamma, "scope": "all"},
+        "activation": layers[dictionary.layers[0]].sae.activation,
+        "steering": {
+            "eta": recipe.atoms.eta,
+            "gamma": recipe.evaluate.gamma,
+            "scope": recipe.evaluate.scope,
+        },
     }
     return SteeringSAE(config, layers)
 
 
 def evaluate_batch(
-    model: Any, inputs: Any, layers: Sequence[int], methods: Mapping[str, Method]
+    model: Any, inputs: Any, layers: Sequence[int], methods: Mapping[str, Method], scope: str = "all"
 ) -> dict[str, dict[str, Any]]:
     """What every method, and no steering at all, does to one batch.
 
@@ -149,6 +153,7 @@ def evaluate_batch(
         inputs: Of `builders.mllm.chat_inputs`.
         layers: The steered layers.
         methods: By name, what `daco.steer` takes.
+        scope: Positions that are steered.
 
     Returns:
         By name: `sums` (see `effect`), `method` (its settings) and `fired` (see `fired`).
@@ -159,7 +164,7 @@ def evaluate_batch(
     plain = forward(model, inputs, layers)
     found = {}
     for name, method in methods.items():
-        with steer(model, method, on_empty="pass", base_model_ok=True) as run:
+        with steer(model, method, scope=scope, on_empty="pass", base_model_ok=True) as run:
             found[name] = {"sums": effect(plain, forward(model, inputs, layers)), "method": str(method)}
             found[name]["fired"] = fired(run.report())
     again = forward(model, inputs, layers)
@@ -223,7 +228,7 @@ def _measure_batches(work: Work, dictionary: ConceptDictionary, stimuli: Sequenc
             batch = stimuli[start : start + size]
             images = [open_image(s.file) for s in batch]
             inputs = chat_inputs(processor, [s.caption for s in batch], images).to(model.device)
-            figures = evaluate_batch(model, inputs, dictionary.layers, methods)
+            figures = evaluate_batch(model, inputs, dictionary.layers, methods, work.recipe.evaluate.scope)
             write_atomic(folder / "figures.json", canonical_json(figures))
 
 

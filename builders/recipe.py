@@ -313,6 +313,8 @@ class EvaluateConfig:
     """Stimuli a forward."""
     gamma: float = 0.0
     """Strength of the desirable shift, in units of R; written as the steering default."""
+    scope: str = "all"
+    """Positions that are steered, see `daco.steering.SCOPES`; written as the steering default."""
 
 
 @dataclass(frozen=True)
@@ -566,6 +568,7 @@ def _check(recipe: Recipe) -> None:
         "sae.select": (recipe.sae.select, ("auto", "float32", "bfloat16", "int8")),
         "atoms.centroids": (recipe.atoms.centroids, ("one", "group")),
         "sae.start": (recipe.sae.start, ("dictionary", "random")),
+        "evaluate.scope": (recipe.evaluate.scope, ("all", "image", "prompt", "generated")),
     }
     for where, (value, allowed) in choices.items():
         if value not in allowed:

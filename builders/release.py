@@ -329,9 +329,13 @@ def _config(
             "tag": f"v{recipe.release.version}",
             "sha256": dictionary_sha256(dataset, model_name(recipe)),
         },
-        "activation": recipe.sae.activation,
+        "activation": first["activation"],
         "training": said | tokens | ({"k": first["k"]} if first["k"] else {}),
-        "steering": {"eta": recipe.atoms.eta, "gamma": recipe.evaluate.gamma, "scope": "all"},
+        "steering": {
+            "eta": recipe.atoms.eta,
+            "gamma": recipe.evaluate.gamma,
+            "scope": recipe.evaluate.scope,
+        },
     }
 
 
