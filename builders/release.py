@@ -339,6 +339,22 @@ def _config(
     }
 
 
+WORDNET = {
+    "name": "WordNet",
+    "revision": "3.0",
+    "url": "https://wordnet.princeton.edu/license-and-commercial-use",
+    "licence": "WordNet 3.0 licence",
+    "redistribute_images": True,
+}
+"""Source of synsets and their definitions; it has no images that it could forbid."""
+
+
+def names_synsets(work: Work) -> bool:
+    """Whether any concept is a WordNet synset, whose definition is then passed on."""
+    concepts = read_table(work.upstream("polarity") / "concepts.parquet", CONCEPTS)
+    return any(str(i).startswith("wn30:") for i in concepts.column("concept_id").to_pylist())
+
+
 def _manifest(
     work: Work, folder: Path, kind: str, name: str, more_counts: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -350,7 +366,7 @@ def _manifest(
         "name": name,
         "version": work.recipe.release.version,
         "files": {path: file_entry(folder / path, _rows(folder / path)) for path in release_files(folder)},
-        "sources": [source],
+        "sources": [source, *([WORDNET] if names_synsets(work) else [])],
         "counts": _counts(work) | dict(more_counts),
         "recipe": public_recipe(work.recipe),
         "seeds": {"run": work.seed},

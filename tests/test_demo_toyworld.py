@@ -125,6 +125,8 @@ def test_three_repos_are_published(summary: dict[str, Any], done: tuple[Path, st
         ("local/toy-concepts", "dataset", "v1.0.0"),
         ("local/daco-sae-toy-llava", "model", "v1.0.0"),
     ]
+    manifest = json.loads((done[0] / "release" / "dataset" / "manifest.json").read_text("utf-8"))
+    assert [source["name"] for source in manifest["sources"]] == ["toyworld", "WordNet"]
     config = json.loads((done[0] / "release" / "model" / "config.json").read_text("utf-8"))
     assert (config["base_model"]["id"], config["base_model"]["revision"]) == ("local/toy-llava", "v1.0.0")
 

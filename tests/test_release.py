@@ -111,7 +111,7 @@ def test_manifest_tells_the_whole_story(upstream):
     folder = run(upstream) / "dataset"
     manifest = read_manifest(folder)
     assert (manifest["name"], manifest["version"], manifest["seeds"]) == ("DACO-small", "1.2.3", {"run": 0})
-    assert manifest["sources"][0]["licence"] == "cc0-1.0"
+    assert [source["licence"] for source in manifest["sources"]] == ["cc0-1.0"]
     stages = {"corpus", "stimuli", "polarity", "activations", "directions", "sae", "atoms", "evaluate"}
     assert set(manifest["counts"]) == stages | {"tokens", "release"}
     counts = manifest["counts"]["release"]
