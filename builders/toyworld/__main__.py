@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import platform
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from builders.pipeline import run as run_pipeline
 from builders.recipe import load_recipe
+from builders.release import versions
 from builders.toyworld import ablate, arms, compare, eyes, judge, scenes
 from builders.toyworld.bench import Bench
 from builders.toyworld.model import Batcher
@@ -153,7 +156,8 @@ def table(
     if only < 0:
         folders = [out / f"draw-{draw}" / "compare" for draw in range(draws)]
         found = compare.summarise(folders, plan, settings)
-        write_atomic(to, canonical_json(found))
+        made_by = {"versions": versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+        write_atomic(to, canonical_json(found | made_by))
         print(compare.as_text(found))
 
 
