@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from daco.capture import block_output
 from daco.errors import NothingToSteerError, SteeringConflictError, UnsupportedModelError
-from daco.methods import MOP, ActAdd, Method, Projection, SAESteering, check_on_empty
+from daco.methods import MOP, ActAdd, Method, Projection, SAESteering
+from daco.methods.method import check_on_empty
 from daco.report import PLACES, Report, Tally, layer_report
 from daco.sites import find_trunk, image_token_ids, site, transformers_model
 
