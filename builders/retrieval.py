@@ -313,11 +313,20 @@ def _search_part(
     if len(doubtful):
         _put(nearest, doubtful, exhaustive(queries[doubtful], corpus, k))
     answered["float64"] += len(doubtful)
-    for query, (found_far, near) in enumerate(zip(far, nearest.rows, strict=True)):
-        if np.isin(found_far, near).any():  # only where the pool is hardly larger than k
-            far[query] = far_draws(queries[query], corpus, pool, draws[query], near)[:n_negative]
+    for query in _overlapping(far, nearest.rows, len(corpus)):  # only where the pool is hardly larger than k
+        near = nearest.rows[query]
+        far[query] = far_draws(queries[query], corpus, pool, draws[query], near)[:n_negative]
     scored = workers.map(lambda tile: _scored(queries[tile], corpus, far[tile]), proposer.tiles())
     return Searched(nearest, _joined(scored), +answered)
+
+
+def _overlapping(some: list[Ints], others: list[Ints], n: int) -> list[int]:
+    """Places at which both lists have a row in common, of rows below n."""
+    keys = [
+        np.concatenate([np.empty(0, np.int64), *(place * n + rows for place, rows in enumerate(lists))])
+        for lists in (some, others)
+    ]
+    return sorted(set((np.intersect1d(*keys, assume_unique=True) // n).tolist()))
 
 
 def _single(engine: Engine) -> Engine:
@@ -354,7 +363,7 @@ def _scored(queries: Floats, corpus: Corpus, rows: list[Ints]) -> Found:
 def _sizes(n: int, width: int, engine: Engine, n_workers: int) -> tuple[int, int]:
     """(stimuli, concepts) scored at once: blocks and their products take a quarter of the memory each."""
     quarter = engine.memory * 2**20 // 4
-    widest, most = (65_536, 16_384) if engine.device.startswith("cuda") else (2_048, 512)
+    widest, most = (65_536, 16_384) if engine.device.startswith("cuda") else (2_048, 768)
     block = engine.block or max(GROUP, min(widest, quarter // (24 * width)) // GROUP * GROUP)
     share = -(-n // (2 * n_workers))  # every worker gets something to do
     return block, engine.tile or max(1, min(most, max(64, share), quarter // (16 * block * n_workers)))
