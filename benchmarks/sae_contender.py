@@ -26,7 +26,7 @@ def daco(shape: dict[str, Any], start: dict[str, Any], select: str) -> Contender
     from builders.recipe import SaeConfig
     from builders.sae_metrics import encode
     from builders.sae_step import decoded
-    from builders.train_sae import Training
+    from builders.sae_training import Training
 
     config = SaeConfig(k=shape["k"], learning_rate=shape["rate"], select=select, steps=1)
     training = Training(start, 1.0, config)
@@ -142,7 +142,7 @@ CONTENDERS: dict[str, tuple[str, Callable[..., Contender], tuple[Any, ...]]] = {
 """Name: environment, what makes it, with what."""
 
 
-MODULES = {"main": "builders.train_sae", "saelens": "sae_lens", "sparsify": "sparsify"}
+MODULES = {"main": "builders.sae_training", "saelens": "sae_lens", "sparsify": "sparsify"}
 """Imported before memory is looked at."""
 
 

@@ -27,9 +27,10 @@ from benchmarks.sae_training import machine
 from builders.activations import read_batch
 from builders.mllm import load_mllm
 from builders.recipe import SaeConfig
+from builders.sae_training import Training
 from builders.tiny import tiny_mllm
 from builders.toyworld import scenes
-from builders.train_sae import Training, train_sae
+from builders.train_sae import train_sae
 from daco.sae import SAE
 
 WEIGHTS = Path(__file__).parent.parent / "builders" / "toyworld" / "weights" / "llava"

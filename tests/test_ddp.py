@@ -16,6 +16,7 @@ from small_run import D_MODEL, LAYERS, write_activations, write_directions
 from builders import pipeline
 from builders import train_sae as stage
 from builders.recipe import load_recipe
+from builders.sae_batches import own_share
 from daco.errors import RecipeError
 
 WORLD = 2
@@ -49,7 +50,7 @@ def main(folder: Path) -> None:
     for activation in ("topk", "relu", "jumprelu"):
         save_file(trained(activation), folder / f"{activation}-{rank}.safetensors")
     with pytest.raises(RecipeError, match="expected a multiple of the 2 processes, got 17"):
-        stage.own_share(torch.arange(17).numpy())
+        own_share(torch.arange(17).numpy())
     torch.distributed.destroy_process_group()
 
 

@@ -32,7 +32,7 @@ from small_run import (
 
 import daco
 from builders import __main__ as command
-from builders import activations, train_sae
+from builders import activations, sae_training
 from builders.mllm import load_mllm
 from builders.pipeline import run
 from builders.recipe import Recipe
@@ -358,12 +358,12 @@ def test_a_dictionary_of_another_width_leaves_no_layer(before_sae: Path) -> None
 def test_training_that_diverges_keeps_the_last_good_checkpoint(
     before_sae: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = train_sae.Training.step
+    step = sae_training.Training.step
 
     def poisoned(self: Any, z: torch.Tensor) -> float:
         return step(self, z * float("nan") if self.steps_done == 3 else z)
 
-    monkeypatch.setattr(train_sae.Training, "step", poisoned)
+    monkeypatch.setattr(sae_training.Training, "step", poisoned)
     with pytest.raises(ActivationError, match=r"after step 3; lower sae\.learning_rate"):
         write_sae(before_sae, checkpoint_steps=2)
     kept = [path.name for path in (before_sae / "sae" / "shards").iterdir()]

@@ -12,7 +12,7 @@ from small_run import D_MODEL
 from builders import sae_start
 from builders.sae_losses import code_of, geometric_median
 from builders.sae_metrics import measure
-from builders.train_sae import exported
+from builders.sae_training import exported
 from daco.errors import ActivationError, ModelMismatchError, RecipeError
 
 

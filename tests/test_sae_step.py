@@ -9,7 +9,7 @@ from sae_rows import ACTIVATIONS, CONFIG, dense, draw, random_weights
 from small_run import D_MODEL
 
 from builders import sae_losses, sae_step
-from builders import train_sae as stage
+from builders import sae_training as stage
 from builders.sae_step import Encoder, Step
 
 

@@ -24,7 +24,9 @@ from small_run import (
     write_directions,
 )
 
+from builders import sae_training
 from builders import train_sae as stage
+from builders.sae_batches import batch_index
 from builders.sae_losses import code_of
 from builders.sae_metrics import encode
 from daco.errors import ActivationError, DiskError, ModelMismatchError, RecipeError
@@ -38,7 +40,7 @@ def start(activation: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_export_folds_the_scale_in(activation):
     config = dataclasses.replace(CONFIG, activation=activation)
-    training = stage.Training(start(activation), 12.5, config)
+    training = sae_training.Training(start(activation), 12.5, config)
     z = 40 * draw(7, D_MODEL, seed=5).float()
     if activation == "batchtopk":
         training.step(z)
@@ -74,7 +76,7 @@ def test_resumed_training_is_the_undisturbed_one_bit_for_bit(activation, tmp_pat
             training.save(tmp_path)
 
     whole = stage.train_sae(Rows(z), Rows(z[:20]), config, seed=1, checkpoint=keep)
-    halfway = stage.Training.load(tmp_path, config)
+    halfway = sae_training.Training.load(tmp_path, config)
     if activation in ("topk", "batchtopk"):
         assert len(halfway.state["dead"]) > 0  # AuxK was at work
     resumed = stage.train_sae(Rows(z), Rows(z[:20]), config, seed=1, resume=halfway)
@@ -88,22 +90,24 @@ def test_resumed_training_is_the_undisturbed_one_bit_for_bit(activation, tmp_pat
 
 def test_the_price_of_being_active_rises_over_the_warm_up():
     config = dataclasses.replace(CONFIG, activation="relu", steps=100, warm_up=0.1, l1=2.0)
-    assert [stage.penalty(step, config) for step in (0, 4, 9, 50)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
-    assert stage.penalty(50, dataclasses.replace(config, activation="jumprelu", l0=3.0)) == 3.0
-    assert stage.penalty(50, dataclasses.replace(config, activation="topk")) == 0.0
+    assert [sae_training.penalty(step, config) for step in (0, 4, 9, 50)] == pytest.approx(
+        [0.2, 1.0, 2.0, 2.0]
+    )
+    assert sae_training.penalty(50, dataclasses.replace(config, activation="jumprelu", l0=3.0)) == 3.0
+    assert sae_training.penalty(50, dataclasses.replace(config, activation="topk")) == 0.0
 
 
 def test_warm_up_is_linear_over_five_percent_then_constant():
     config = dataclasses.replace(CONFIG, steps=100, learning_rate=1.0)
-    rates = [stage.learning_rate(step, config) for step in (0, 1, 4, 5, 99)]
+    rates = [sae_training.learning_rate(step, config) for step in (0, 1, 4, 5, 99)]
     assert rates == pytest.approx([0.2, 0.4, 1.0, 1.0, 1.0])
 
 
 def test_batches_depend_on_seed_layer_and_step_alone():
-    one = stage.batch_index(1, 15, 3, 17, 1000)
-    assert np.array_equal(one, stage.batch_index(1, 15, 3, 17, 1000))
+    one = batch_index(1, 15, 3, 17, 1000)
+    assert np.array_equal(one, batch_index(1, 15, 3, 17, 1000))
     others = [(2, 15, 3), (1, 16, 3), (1, 15, 4)]
-    assert all(not np.array_equal(one, stage.batch_index(*other, 17, 1000)) for other in others)
+    assert all(not np.array_equal(one, batch_index(*other, 17, 1000)) for other in others)
 
 
 @pytest.fixture
@@ -208,12 +212,10 @@ def test_dictionary_of_another_width_is_refused(upstream):
 
 
 def test_nan_stops_training_and_keeps_the_last_good_checkpoint(upstream, monkeypatch):
-    real = stage.batch_index
-
     class Poisoned(stage.TokenShards):
         def rows(self, index):
             z = super().rows(index)
-            return z * math.nan if np.array_equal(index, real(0, 1, 5, 17, len(self))) else z
+            return z * math.nan if np.array_equal(index, batch_index(0, 1, 5, 17, len(self))) else z
 
     monkeypatch.setattr(stage, "TokenShards", Poisoned)
     with pytest.raises(ActivationError, match="got NaN or infinity after step 5"):
@@ -237,7 +239,7 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(upstream, monkeypat
         return save_file(tensors, path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "save_file", full)
+        patch.setattr(sae_training, "save_file", full)
         with pytest.raises(DiskError, match=r"room for checkpoint layer-1-step-00000006, got .*No space"):
             trained(upstream)
     kept = [path.name for path in (upstream / "sae" / "shards").iterdir() if path.name.startswith("layer")]
@@ -248,7 +250,7 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(upstream, monkeypat
 
 
 def test_diverging_weights_are_never_saved(tmp_path):
-    training = stage.Training({n: w.float() for n, w in random_weights().items()}, 1.0, CONFIG)
+    training = sae_training.Training({n: w.float() for n, w in random_weights().items()}, 1.0, CONFIG)
     training.weights["b_enc"].data[3] = math.inf
     with pytest.raises(ActivationError, match="expected finite numbers"):
         training.save(tmp_path)
