@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from builders.recipe import Recipe
-from daco.errors import FormatError, IntegrityError
+from daco.errors import DiskError, FormatError, IntegrityError
 from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, write_atomic
 
 T = TypeVar("T")
@@ -132,6 +133,21 @@ class Work:
         files = {n: file_entry(self.folder / n, rows.get(n)) for n in sorted(names) if n not in (STAGE, DONE)}
         write_atomic(self.folder / DONE, canonical_json({"counts": dict(counts), "files": files}))
         self.log("done")
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Says what could not be written where the disk is full.
+
+    Raises:
+        DiskError: a file could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DiskError(
+            f"expected room for {what}, got {error}; free some and run again: what was finished is kept"
+        ) from error
 
 
 def done(out: Path, stage: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from filelock import FileLock
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,9 +29,9 @@ from builders.sae_batches import batch_index, batches, is_first
 from builders.sae_metrics import Agreement, Drift, Measured, agreement, calibrated_threshold, drift, measure
 from builders.sae_start import Tokens, started, unit_rows
 from builders.sae_training import Training
-from builders.stages import Work
+from builders.stages import Work, writing
 from builders.tokens import TokenShards, read_facts
-from daco.errors import DiskError, RecipeError
+from daco.errors import RecipeError
 from daco.manifest import canonical_json, write_atomic
 from daco.sae import SAE
 from daco.tables import table_of, write_table
@@ -222,22 +221,6 @@ def _train_layer(work: Work, layer: int, train: TokenShards, held_out: TokenShar
         form = jump_form(training, train, held_out)
         with writing(f"the weights of layer {layer}"):
             _write_layer(work.folder / f"layers.{layer}", training, layer, len(train), form)
-
-
-@contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Says what could not be written where the disk is full.
-
-    Raises:
-        DiskError: a file could not be written.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise DiskError(
-            f"expected room for {what}, got {error}; free some and run again: "
-            "training goes on from the last checkpoint"
-        ) from error
 
 
 def _checkpoints(work: Work, layer: int) -> list[Path]:
