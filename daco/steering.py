@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from daco.capture import block_output
 from daco.errors import NothingToSteerError, SteeringConflictError, UnsupportedModelError
-from daco.methods import MOP, ActAdd, Method, Projection, SAESteering
+from daco.methods import Method
 from daco.methods.method import check_on_empty
 from daco.report import PLACES, Report, Tally, layer_report
 from daco.sites import find_trunk, image_token_ids, site, transformers_model
@@ -215,7 +215,7 @@ def steer(
 
     Args:
         model: The transformers model whose `generate` or forward is called.
-        method: `SAESteering`, `MOP` or `ActAdd`.
+        method: One of `daco.methods`, or anything with what `daco.methods.Method` lists.
         scope: `all` positions that are not padding, or `image`, `prompt` (text) or `generated` ones alone.
         on_empty: `raise` where atoms or scope match nothing, or `pass`.
         base_model_ok: Accept another base model id or revision (a fine-tune, a quantised copy).
@@ -283,9 +283,9 @@ def _prepare(
         raise UnsupportedModelError(
             f"expected a transformers model, got {got}; pass the model, not its processor"
         )
-    if not isinstance(method, SAESteering | MOP | ActAdd | Projection):
+    if not isinstance(method, Method):
         raise TypeError(
-            f"method: expected SAESteering, MOP, ActAdd or Projection, got {type(method).__name__}; "
+            f"method: expected one of daco.methods, got {type(method).__name__}; "
             "SAEs steer by `sae.steer(model)`, a SafetyPrompt is applied to the messages"
         )
     check_on_empty(on_empty)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Change(NamedTuple):
     """`[n, n_labelled]`: coefficients of what is removed, in the order of `atoms(layer)`."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """What `daco.steering` needs of a method."""
 
