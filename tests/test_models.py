@@ -41,7 +41,7 @@ class Answer(NamedTuple):
     tokens: Tensor
     """`[batch, N_NEW]`."""
     logits: Tensor
-    """`[batch, N_NEW, vocab]`, before any processing."""
+    """`[batch, N_NEW, vocab]`, as the model returns them: `generate` itself hands out float32."""
 
 
 @cache
@@ -66,17 +66,16 @@ def sae_of(family: Family, activation: str) -> Any:
 
 def answer(family: Family, inputs: dict[str, Tensor], **options: Any) -> Answer:
     """Greedy decoding of N_NEW tokens, none of them a placeholder."""
-    made = model_of(family).generate(
-        **inputs,
-        max_new_tokens=N_NEW,
-        min_new_tokens=N_NEW,
-        do_sample=False,
-        suppress_tokens=[IMAGE, VIDEO],
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    return Answer(made.sequences[:, -N_NEW:], torch.stack(made.logits, 1))
+    model, seen = model_of(family), []
+    handle = model.register_forward_hook(lambda _m, _a, output: seen.append(output.logits[:, -1]))
+    options |= {"max_new_tokens": N_NEW, "min_new_tokens": N_NEW, "do_sample": False}
+    try:
+        tokens = model.generate(**inputs, suppress_tokens=[IMAGE, VIDEO], **options)
+    finally:
+        handle.remove()
+    logits = torch.stack(seen, 1)
+    assert logits.dtype == family.dtype
+    return Answer(tokens[:, -N_NEW:], logits)
 
 
 def places_of(inputs: dict[str, Tensor], width: int, scope: str) -> Tensor:
