@@ -5,6 +5,7 @@ Reads a run folder that is done up to `stimuli`; returns HTML, or writes it:
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from builders.quality import concept_quality
 from builders.stages import done
 from cards.pictures import data_url
 from cards.render import TEMPLATES
+from daco.errors import DacoError
 
 SHOWN = 6
 """Concepts of each group."""
@@ -36,6 +38,7 @@ def quality_html(out: Path, title: str) -> str:
     Returns:
         A self-contained HTML page; every text from data is escaped.
     """
+    done(out, "stimuli")
     table = concept_quality(out)
     shown = _Shown(out)
     middle = max(0, (len(table) - SHOWN) // 2)
@@ -103,15 +106,20 @@ class _Shown:
         return facts | {"image": data_url(small)}
 
 
-def main() -> None:
-    """Write the page of a run."""
+def main() -> int:
+    """Write the page of a run; our own errors end it with one line and exit code 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="run folder, done up to stimuli")
     parser.add_argument("page", type=Path, help="HTML file to write")
     arguments = parser.parse_args()
     title = f"Stimuli of {arguments.run.resolve().name}"
-    arguments.page.write_text(quality_html(arguments.run, title), encoding="utf-8")
+    try:
+        arguments.page.write_text(quality_html(arguments.run, title), encoding="utf-8")
+    except DacoError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,7 @@ from small_run import opened
 from builders import clip, corpus, embeddings, stimuli, vocabulary
 from builders.embeddings import METADATA, unit_half, write_embeddings
 from builders.quality import concept_quality
-from cards.quality import quality_html
+from cards.quality import main, quality_html
 from daco.tables import LINKS, table_of, write_table
 
 
@@ -77,3 +77,12 @@ def test_the_page_shows_texts_as_text_and_lost_pictures_as_nothing(tmp_path: Pat
     assert tags.count("img") > 9
     assert "A &lt;b&gt;title" in page
     assert 'class="none"' in page
+
+
+def test_a_run_without_stimuli_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["quality", str(tmp_path / "run"), str(tmp_path / "page.html")])
+    assert main() == 1
+    assert "stage 'stimuli' to be finished" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
