@@ -88,7 +88,7 @@ def atoms_table(
     else:
         undesirable, desirable = ((rows @ dictionary.centroid(layer, name)).numpy() for name in POLES)
     cosines, index = nearest(rows, dictionary.unit(layer), n_nearest)
-    concepts = dictionary.concepts[["concept_id", "concept"]].to_numpy(dtype=object)[index.numpy()]
+    concepts = dictionary.concepts[["concept_id", "concept", "group"]].to_numpy(dtype=object)[index.numpy()]
     columns = {
         "atom": list(range(len(rows))),
         "polarity": labels_of(undesirable, desirable, eta).tolist(),
@@ -98,6 +98,7 @@ def atoms_table(
         "nearest_concepts": concepts[..., 1].tolist(),
         "nearest_cosines": cosines.tolist(),
         "firing_rate": firing_rate.float().numpy(),
+        "group": concepts[:, 0, 2].tolist(),
     }
     for name, (values, groups) in by_group.items():
         columns |= {f"cos_{name}_group": values.numpy(), f"{name}_group": groups}

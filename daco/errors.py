@@ -37,12 +37,16 @@ class NothingToSteerError(DacoError, ValueError):
     """An atom set or a scope matches nothing, so that steering could not do anything."""
 
 
+class SteeringOnlyError(DacoError, ValueError):
+    """Other atoms, another eta or the exact TopK was asked for, but only rows of labelled atoms are there."""
+
+
 class SteeringConflictError(DacoError, RuntimeError):
     """The model is already steered, or in a mode (threads, graph replay) in which hooks would be wrong."""
 
 
 class UnknownConceptError(DacoError, KeyError):
-    """A concept was asked for that the dictionary does not have; names the nearest ones."""
+    """A concept was asked for that the dictionary, or no atom, has; names the nearest ones."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""  # KeyError would print the message quoted

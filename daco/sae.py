@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from daco.errors import FormatError
+from daco.errors import FormatError, SteeringOnlyError
 
 ACTIVATIONS = ("relu", "topk", "jumprelu")
 
@@ -23,9 +23,10 @@ def top_k(pre: Tensor, k: int) -> Tensor:
         `[..., n_atoms]`, at most `k` non-zero on the last axis.
     """
     pre = pre.relu()
-    kth = pre.topk(k, dim=-1).values[..., -1:]
+    values = pre.topk(k, dim=-1).values
+    kth = values[..., -1:]
     above, ties = pre > kth, pre == kth
-    room = k - above.sum(-1, keepdim=True)
+    room = (values == kth).sum(-1, keepdim=True)
     return torch.where(above | (ties & (ties.cumsum(-1) <= room)), pre, 0)
 
 
@@ -149,7 +150,13 @@ def labels_of(cos_undesirable: np.ndarray, cos_desirable: np.ndarray, eta: float
 
 @dataclass(frozen=True)
 class LayerSAE:
-    """The SAE of one layer with what is known of its atoms."""
+    """The SAE of one layer with what is known of its atoms.
+
+    Loaded with `steering_only`, it has the labelled atoms alone, and a TopK stands there as a JumpReLU.
+
+    Raises:
+        FormatError: atoms and weights differ in number.
+    """
 
     layer: int
     """0-based decoder block whose output it encodes."""
@@ -161,14 +168,40 @@ class LayerSAE:
     """Median norm of the layer's unmasked training tokens; the unit of gamma."""
     jumprelu_threshold: float | None = None
     """At this threshold `sae.as_jumprelu` has as many active atoms a token as a TopK; None: not known."""
+    jumprelu_agreement: float | None = None
+    """Jaccard index of the atoms active in both forms, on held-out tokens; None: not known."""
+    labelled_at: float | None = None
+    """The eta at which the atoms that are here are labelled; None: all atoms are here."""
+
+    def __post_init__(self) -> None:
+        if len(self.atoms) != self.sae.n_atoms:
+            raise FormatError(
+                f"layer {self.layer}: expected {self.sae.n_atoms} atoms, got {len(self.atoms)} rows"
+            )
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Numbers of the atoms that are here, rising, `[n_atoms]`."""
+        if self.labelled_at is None:
+            return np.arange(len(self.atoms))
+        return np.asarray(self.atoms["atom"])
 
     def labels(self, eta: float | None = None) -> np.ndarray:
-        """Polarity of each atom `[n_atoms]`: as released, or at another cosine threshold `eta`."""
+        """Polarity of each atom `[n_atoms]`: as released, or at another cosine threshold `eta`.
+
+        Raises:
+            SteeringOnlyError: `eta` is below the one at which the atoms that are here are labelled.
+        """
         if eta is None:
-            return self.atoms["polarity"].to_numpy(dtype=object)
+            return np.asarray(self.atoms["polarity"], dtype=object)
+        if self.labelled_at is not None and eta < self.labelled_at:
+            raise SteeringOnlyError(
+                f"layer {self.layer}: expected eta from {self.labelled_at:g}, at which the atoms that were "
+                f"loaded are labelled, got {eta:g}; load without steering_only"
+            )
         cosines = self.atoms["cos_undesirable"].to_numpy(), self.atoms["cos_desirable"].to_numpy()
         return labels_of(*cosines, eta)
 
     def names(self, atom: int) -> list[str]:
         """The concepts nearest to an atom, nearest first."""
-        return list(self.atoms["nearest_concepts"].iloc[atom])
+        return list(self.atoms["nearest_concepts"].iloc[np.searchsorted(self.numbers, atom)])

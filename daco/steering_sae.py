@@ -12,6 +12,7 @@ from daco.errors import FormatError, UnknownLayerError
 from daco.load import resolve
 from daco.sae import LayerSAE
 from daco.sae_files import read_config, read_layer
+from daco.selection import Selection
 from daco.sites import ModelFacts
 
 if TYPE_CHECKING:
@@ -108,6 +109,9 @@ class SteeringSAE:
         scope: str | None = None,
         on_empty: str = "raise",
         base_model_ok: bool = False,
+        remove: Selection | None = None,
+        keep: Selection | None = None,
+        form: str | None = None,
     ) -> "AbstractContextManager[Run]":
         """Steer `model` inside a `with` block (DESIGN section 4.6); see `daco.steer`.
 
@@ -119,16 +123,23 @@ class SteeringSAE:
             scope: `all`, `image`, `prompt` or `generated`; None is the release's default.
             on_empty: `raise` when nothing can be steered, or `pass` for an exact no-op.
             base_model_ok: Accept another base model id or revision (a fine-tune, a quantised copy).
+            remove: What is removed, by name of concept, group or label, or by layer and atom, with or without
+                strengths: `{"weapon": 1.0, "noun.act": 0.5}`; None is what is labelled undesirable.
+            keep: What stays in any case, likewise.
+            form: `exact` or `threshold`, see `daco.SAESteering`; None is the nearest to exact there is.
 
         Raises:
             ModelMismatchError: it is not the model these SAEs were made for.
-            NothingToSteerError: no atom is labelled at this eta, or the scope is empty.
+            NothingToSteerError: no atom is labelled at this eta, nothing is left to remove, or the scope is
+                empty.
             SteeringConflictError: the model is already steered.
+            SteeringOnlyError: what is asked for needs weights that were not loaded.
+            UnknownConceptError: no atom has a name that was asked for.
         """
         from daco.methods import SAESteering
         from daco.steering import steer
 
-        method = SAESteering(self, gamma=gamma, eta=eta, layers=layers, on_empty=on_empty)
+        method = SAESteering(self, gamma, eta, layers, on_empty, remove=remove, keep=keep, form=form)
         return steer(
             model,
             method,
@@ -147,12 +158,15 @@ class SteeringSAE:
         scope: str | None = None,
         on_empty: str = "raise",
         base_model_ok: bool = False,
+        remove: Selection | None = None,
+        keep: Selection | None = None,
+        form: str | None = None,
     ) -> "Run":
         """As `steer`, but until `remove()` is called on the returned handle: for servers."""
         from daco.methods import SAESteering
         from daco.steering import attach
 
-        method = SAESteering(self, gamma=gamma, eta=eta, layers=layers, on_empty=on_empty)
+        method = SAESteering(self, gamma, eta, layers, on_empty, remove=remove, keep=keep, form=form)
         return attach(
             model,
             method,

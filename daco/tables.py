@@ -69,6 +69,7 @@ ATOMS = pa.schema(
 
 ATOMS_MORE = pa.schema(
     [
+        ("group", pa.string()),
         ("cos_undesirable_group", pa.float32()),
         ("undesirable_group", pa.string()),
         ("cos_desirable_group", pa.float32()),
@@ -81,8 +82,9 @@ ATOMS_MORE = pa.schema(
         ("top_values", pa.list_(pa.float32())),
     ]
 )
-"""Further columns of atoms that a release may have: largest cosine to the centroid of a group of concepts of
-one polarity, and which group; firing rate by what a token belongs to; held-out stimuli that fire it most."""
+"""Further columns of atoms that a release may have: the nearest concept's group; largest cosine to the
+centroid of a group of concepts of one polarity, and which group; firing rate by what a token belongs to;
+held-out stimuli that fire it most."""
 
 POLARITIES = ("desirable", "undesirable", "neutral")
 

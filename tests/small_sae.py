@@ -66,10 +66,13 @@ def layer_sae(
     )
     atoms = pd.DataFrame(
         {
+            "atom": range(N_ATOMS),
             "polarity": [naive.label(w, mu["undesirable"], mu["desirable"], ETA) for w in W_dec],
             "cos_undesirable": naive.unit(W_dec) @ mu["undesirable"],
             "cos_desirable": naive.unit(W_dec) @ mu["desirable"],
+            "nearest_concept_ids": [[f"user:c{i % N_CONCEPTS}", "user:other"] for i in range(N_ATOMS)],
             "nearest_concepts": [[f"c{i % N_CONCEPTS}", "other"] for i in range(N_ATOMS)],
+            "group": [f"noun.{'abc'[i % 3]}" for i in range(N_ATOMS)],
         }
     )
     return LayerSAE(layer, sae, atoms, R)
