@@ -4,25 +4,34 @@ Reads dataset releases (`concepts` and `directions_<model>` configs).
 """
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from daco import dictionary_edit as edit
+from daco import text_search
+from daco.dictionary_edit import Diff, Merged
+from daco.dictionary_files import read_dictionary, write_dictionary
 from daco.errors import FormatError, UnknownConceptError, UnknownLayerError
-from daco.load import Snapshot, resolve
+from daco.load import resolve
 from daco.sites import ModelFacts
-from daco.tables import CONCEPTS, POLARITIES, directions_schema, read_table
+from daco.tables import POLARITIES
+
+QUERIES = 1_024
+"""Vectors compared with a dictionary at a time."""
 
 
 @dataclass(frozen=True)
 class ConceptDictionary:
     """Directions of concepts in a model's activation space; row i of every layer is concept i.
+
+    A dictionary is never changed: `subset`, `merge` and `extend` return new ones.
 
     Raises:
         FormatError: rows, widths and concepts do not go together.
@@ -36,6 +45,14 @@ class ConceptDictionary:
     """The model the directions belong to."""
     R: dict[int, float]
     """By layer: median norm of unmasked tokens; the unit of steering strengths."""
+    baseline: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """By layer: mean reading of negatives `[d_model]`; empty where the release does not hold it."""
+    reading: str = "last"
+    """Where in the prompt stimuli were read."""
+    sources: list[dict[str, str]] = field(default_factory=list)
+    """Releases it was made from: name, version and, from a Hub, commit."""
+    licences: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    """What those releases rest on, as their manifests' `sources` say."""
 
     def __post_init__(self) -> None:
         expected = (len(self.concepts), self.model.hidden_size)
@@ -50,6 +67,11 @@ class ConceptDictionary:
                 )
         if unknown := set(self.concepts["polarity"]) - set(POLARITIES):
             raise FormatError(f"concepts: expected polarity among {POLARITIES}, got {sorted(unknown)}")
+        for layer, row in self.baseline.items():
+            if tuple(row.shape) != expected[1:] or not bool(row.isfinite().all()):
+                raise FormatError(
+                    f"baseline, layer {layer}: expected {expected[1]} finite numbers, got others"
+                )
 
     def __len__(self) -> int:
         return len(self.concepts)
@@ -94,17 +116,24 @@ class ConceptDictionary:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        name = _choose(snapshot, model)
-        facts = snapshot.manifest["models"][name]
-        keys = ModelFacts.__dataclass_fields__
-        model_facts = ModelFacts(**{key: facts[key] for key in keys})
-        concepts = _read(snapshot, "concepts", "train", CONCEPTS)
-        ids = concepts.column("concept_id").to_pylist()
-        vectors = {
-            layer: _vectors(snapshot, name, layer, ids, model_facts.hidden_size) for layer in facts["layers"]
-        }
-        R = {int(layer): float(value) for layer, value in facts["R"].items()}
-        return cls(concepts.to_pandas(), vectors, model_facts, R)
+        return cls(**read_dictionary(snapshot, model))
+
+    def save_pretrained(
+        self, folder: str | Path, *, name: str = "dictionary", model: str = "model", version: str = "1.0.0"
+    ) -> None:
+        """Write a release folder that `from_pretrained` opens again: parquet files and a manifest.
+
+        Args:
+            folder: Empty or new.
+            name: Of the release.
+            model: Short name of the model, as in `directions_<model>`.
+            version: Of the release, MAJOR.MINOR.PATCH.
+
+        Raises:
+            ArtefactNotFoundError: there is something in the folder already.
+            ValueError: `model` is more than letters, digits and `_`, or `version` is none.
+        """
+        write_dictionary(self, Path(folder), name, model, version)
 
     def raw(self, layer: int) -> Tensor:
         """Raw directions of a layer, `[n_concepts, d_model]`.
@@ -122,7 +151,7 @@ class ConceptDictionary:
 
     def mask(self, polarity: str) -> np.ndarray:
         """Which concepts have this polarity, `[n_concepts]` of bool."""
-        return (self.concepts["polarity"] == polarity).to_numpy()
+        return np.asarray(self.concepts["polarity"] == polarity)
 
     def centroid(self, layer: int, polarity: str) -> Tensor:
         """mu+ or mu-: the unit mean of the unit directions of that polarity, `[d_model]`; zero where none is.
@@ -131,6 +160,8 @@ class ConceptDictionary:
         """
         rows = self.unit(layer)[np.flatnonzero(self.mask(polarity))]
         return torch.nn.functional.normalize(rows.sum(0), dim=-1)
+
+    # Finding concepts.
 
     def index(self, concept: str) -> int:
         """Row of a concept, by its name or id.
@@ -151,48 +182,188 @@ class ConceptDictionary:
         """Unit direction of one concept, `[d_model]`; raises as `index` and `raw` do."""
         return self.unit(layer)[self.index(concept)]
 
-    def nearest(self, vector: Tensor, layer: int, n: int = 5) -> pd.DataFrame:
-        """The concepts whose directions have the largest cosine with a vector.
+    def search(self, text: str, n: int = 10) -> pd.DataFrame:
+        """Concepts whose name, id or definition answers a text, forgiving case, accents and misspellings.
 
         Args:
-            vector: `[d_model]`, any norm.
-            layer: Layer of the directions.
-            n: How many.
+            text: What is sought.
+            n: How many at most.
 
         Returns:
-            Rows of `concepts` with a column `cosine`, largest first.
+            Rows of `concepts` with a column `score`, 1 for an exact name or id, best first; none may fit.
+
+        Raises:
+            ValueError: there is no word in the text.
         """
-        rows = self.unit(layer)
-        cosines = rows @ torch.nn.functional.normalize(vector.to(rows), dim=-1)
-        order = torch.argsort(cosines, descending=True, stable=True)[:n]
-        return self.concepts.iloc[order.numpy()].assign(cosine=cosines[order].numpy())
+        found = text_search.scores(self.concepts, text)
+        order = np.argsort(-found, kind="stable")[:n]
+        order = order[found[order] > 0]
+        return self.concepts.iloc[order].assign(score=found[order])
 
+    def nearest(self, vector: Tensor, layer: int, n: int = 5) -> pd.DataFrame:
+        """The concepts whose directions have the largest cosine with a vector, or with each of several.
 
-def _choose(snapshot: Snapshot, model: str | None) -> str:
-    names = sorted(snapshot.manifest["models"])
-    if model is None and len(names) == 1:
-        return str(names[0])
-    if model not in names:
-        raise FormatError(f"{snapshot.name}: expected model to be one of {names}, got {model!r}")
-    return str(model)
+        Args:
+            vector: `[d_model]` or `[n_vectors, d_model]`, any norm.
+            layer: Layer of the directions.
+            n: How many a vector.
 
+        Returns:
+            Rows of `concepts` with a column `cosine`, largest first; of several vectors one after another,
+            their number in the first column `query`.
 
-def _read(snapshot: Snapshot, config: str, split: str, schema: pa.Schema) -> pa.Table:
-    """All files of one split of a config."""
-    try:
-        files: list[Any] = snapshot.manifest["configs"][config]["splits"][split]["files"]
-    except KeyError as error:
-        raise FormatError(
-            f"{snapshot.name}: expected config {config!r} with split {split!r}, got no {error}"
-        ) from error
-    return pa.concat_tables([read_table(snapshot.path(name), schema) for name in files])
+        Raises:
+            UnknownLayerError: the dictionary does not have that layer.
+            ModelMismatchError: the vectors are of another width.
+            ActivationError: a vector is zero or not finite.
+        """
+        directions = self.unit(layer)
+        queries = edit.unit_rows(vector[None] if vector.ndim == 1 else vector, self.model.hidden_size)
+        parts = []
+        for part in torch.split(queries, QUERIES):
+            found = (part @ directions.T).sort(dim=-1, descending=True, stable=True)
+            parts.append((found.values[:, :n], found.indices[:, :n]))
+        cosines, order = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+        rows = self.concepts.iloc[order.reshape(-1)].assign(cosine=cosines.reshape(-1))
+        if vector.ndim > 1:
+            rows.insert(0, "query", np.repeat(np.arange(len(order)), order.shape[1]))
+        return rows
 
+    def groups(self) -> pd.DataFrame:
+        """Groups of concepts, largest first: group, n_concepts, how many of each polarity, some names."""
+        rows = [
+            {"group": group, "n_concepts": len(part)}
+            | {polarity: int((part["polarity"] == polarity).sum()) for polarity in POLARITIES}
+            | {"examples": ", ".join(part["concept"].head(3))}
+            for group, part in self.concepts.groupby("group", sort=True)
+        ]
+        columns = ["group", "n_concepts", *POLARITIES, "examples"]
+        found = pd.DataFrame(rows, columns=columns)
+        return found.sort_values("n_concepts", ascending=False, kind="stable").reset_index(drop=True)
 
-def _vectors(snapshot: Snapshot, name: str, layer: int, ids: list[str], d_model: int) -> Tensor:
-    table = _read(snapshot, f"directions_{name}", f"layer_{layer}", directions_schema(d_model))
-    if table.column("concept_id").to_pylist() != ids:
-        raise FormatError(
-            f"directions_{name}/layer_{layer}: expected the rows of `concepts` in order, got others"
-        )
-    values = table.column("vector").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return torch.from_numpy(values.astype(np.float32).reshape(len(ids), d_model))
+    # New dictionaries from old ones.
+
+    def subset(
+        self,
+        concepts: Sequence[str] | None = None,
+        *,
+        polarity: str | None = None,
+        group: str | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> "ConceptDictionary":
+        """The dictionary of some concepts, in the order they have here.
+
+        Args:
+            concepts: Names (all concepts of that name) or ids; None is all.
+            polarity: Only of this polarity.
+            group: Only of this group.
+            layers: Only these layers.
+
+        Raises:
+            UnknownConceptError: a concept, polarity or group that no concept here has, or none fits all.
+            UnknownLayerError: a layer the dictionary does not have.
+        """
+        return edit.subset(self, concepts, polarity, group, layers)
+
+    def merge(self, other: "ConceptDictionary", on_conflict: str = "raise") -> Merged:
+        """This dictionary and the concepts of another one of the same model, at the layers that both have.
+
+        R and the mean of negatives stay this one's; a warning says where the other's R is far from it.
+
+        Args:
+            other: The other one.
+            on_conflict: What to do with concepts whose texts, polarity or direction differ: `raise`, or keep
+                `ours` or `theirs`.
+
+        Returns:
+            The merged dictionary, and the conflicts.
+
+        Raises:
+            FormatError: there are conflicts, and `on_conflict` is `raise`.
+            ModelMismatchError: they are of different models, or read at different places.
+            UnknownLayerError: no layer is in both.
+        """
+        return edit.merge(self, other, on_conflict)
+
+    def read(
+        self,
+        model: nn.Module,
+        processor: Any,
+        captions: Sequence[str],
+        images: Sequence[Any] | None = None,
+        *,
+        base_model_ok: bool = False,
+        batch: int = 8,
+    ) -> dict[int, Tensor]:
+        """Read stimuli the way this dictionary's were read: what `extend` takes.
+
+        Args:
+            model: The model of the dictionary.
+            processor: Its processor; a tokenizer does for captions alone.
+            captions: One a stimulus.
+            images: One PIL image a stimulus, or None.
+            base_model_ok: Accept another base model id or revision.
+            batch: Stimuli of one forward.
+
+        Returns:
+            By layer: readings `[n_stimuli, d_model]`, float32.
+
+        Raises:
+            ModelMismatchError: not the dictionary's model, or its stimuli were not read at the last token.
+            ActivationError: a reading is NaN or infinite, or there is no stimulus.
+        """
+        from daco.readings import read_stimuli
+
+        return read_stimuli(self, model, processor, captions, images, base_model_ok, batch)
+
+    def extend(
+        self,
+        concept: str,
+        positives: Mapping[int, Tensor],
+        negatives: Mapping[int, Tensor] | None = None,
+        *,
+        polarity: str = "neutral",
+        definition: str = "",
+        group: str = "user",
+        concept_id: str | None = None,
+    ) -> "ConceptDictionary":
+        """This dictionary with one concept more, from the readings of a handful of stimuli: no rebuild.
+
+        Its direction is the mean of the positives minus the mean of the negatives, or minus `baseline`, the
+        mean of the negatives that the dictionary was built with.
+
+        Args:
+            concept: Its name.
+            positives: By layer: readings `[n, d_model]` of stimuli that show it, as `read` returns.
+            negatives: Likewise of stimuli that do not; None takes `baseline`.
+            polarity: `desirable`, `undesirable` or `neutral`.
+            definition: What it means.
+            group: Its group.
+            concept_id: Its id; None is `user:<slug of the name>`.
+
+        Raises:
+            ActivationError: no reading, one of another width or not finite, or nothing to tell it apart from.
+            FormatError: the dictionary has that id already.
+            UnknownLayerError: readings of a layer of the dictionary are missing.
+            ValueError: a name without letters or digits, or an unknown polarity.
+
+        Example:
+            >>> readings = dictionary.read(model, processor, captions, images)  # doctest: +SKIP
+            >>> larger = dictionary.extend("crossbow", readings, polarity="undesirable")  # doctest: +SKIP
+            >>> with daco.steer(model, daco.Projection(larger)): ...  # doctest: +SKIP
+        """
+        facts = {"polarity": polarity, "polarity_source": "user", "definition": definition, "group": group}
+        return edit.extend(self, concept, positives, negatives, facts | {"concept_id": concept_id or ""})
+
+    def diff(self, newer: "ConceptDictionary", moved: float = 0.99) -> Diff:
+        """What tells a newer version from this one.
+
+        Args:
+            newer: Of the same model; layers that both have are compared.
+            moved: A direction has moved where its cosine with the older one is below this at any layer.
+
+        Raises:
+            ModelMismatchError: they are of different models, or read at different places.
+            UnknownLayerError: no layer is in both.
+        """
+        return edit.diff(self, newer, moved)
