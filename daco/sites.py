@@ -128,9 +128,15 @@ def find_trunk(model: nn.Module) -> Trunk:
     A vision tower may have as many blocks or more, so lists of blocks are never compared by length.
 
     Raises:
-        UnsupportedModelError: no decoder has blocks of the config's number and width.
+        UnsupportedModelError: no decoder has blocks of the config's number and width, or it is the decoder of
+            an encoder-decoder, whose prompt stands elsewhere.
     """
     base = transformers_model(model)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(base).__name__}: expected a text trunk that reads prompt and answer, got an "
+            "encoder-decoder; use a decoder-only model"
+        )
     config = base.config.get_text_config(decoder=True)
     n_layers, width = getattr(config, "num_hidden_layers", -1), getattr(config, "hidden_size", -1)
     decoder = _decoder(base)

@@ -60,6 +60,15 @@ def without_gradients() -> Generator[None, None, None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def recorded(request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]) -> None:
+    """For builders.model_table, which reads these from pytest's report."""
+    family = request.node.callspec.params["family"]
+    record_property("name", family.name)
+    record_property("model_type", model_of(family).config.model_type)
+    record_property("model_class", type(model_of(family)).__name__)
+
+
 def sae_of(family: Family, activation: str) -> Any:
     return small_sae.steering_sae(ModelFacts.of(model_of(family)), LAYERS, activation)
 
@@ -237,3 +246,41 @@ def test_a_delta_reaches_the_next_block_whole(family: Family) -> None:
         after, moved = received(family, 1, inputs)
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(moved - arriving, after - before, atol=1e-12, rtol=0)
+
+
+class Int8Linear(torch.nn.Module):
+    """What quantising libraries put in a Linear's place: int8 weights and a scale a row."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8), False)
+        self.bias = linear.bias
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.nn.functional.linear(z, self.weight * self.scale, self.bias)
+
+
+@contextmanager
+def in_int8(blocks: torch.nn.ModuleList) -> Generator[int, None, None]:
+    """Blocks whose Linears hold int8; yields how many there are."""
+    found = [(holder, name, child) for holder in blocks.modules() for name, child in holder.named_children()]
+    replaced = [entry for entry in found if isinstance(entry[2], torch.nn.Linear)]
+    try:
+        for holder, name, linear in replaced:
+            setattr(holder, name, Int8Linear(linear))
+        yield len(replaced)
+    finally:
+        for holder, name, linear in replaced:
+            setattr(holder, name, linear)
+
+
+@pytest.mark.parametrize("family", [f for f in ALL if f.name != "GPT-2"], ids=lambda family: family.name)
+def test_int8_weights(family: Family) -> None:
+    images = (1, 1) if family.image_tokens else (0, 0)
+    whole = answer(family, inputs_of(family, images))
+    with in_int8(blocks_of(family, model_of(family))) as n:
+        assert n >= 4 * 4
+        steered, plain, _ = compare(family, images)
+    assert (plain.logits - whole.logits).abs().max() > 0
+    assert (steered.logits - plain.logits).abs().max() > 1e-2

@@ -1,0 +1,35 @@
+"""Which models of transformers can be steered, and how that is known; reads the table in `models.json`."""
+
+import json
+from importlib.resources import files
+
+import pandas as pd
+
+STATUSES = ("tested", "resolves", "does not")
+"""`tested`: steered logits were compared with a slow reference. `resolves`: the decoder blocks are found, no
+more was tried. `does not`: they are not, and the row says why."""
+
+COLUMNS = ("name", "model_type", "model_class", "takes", "status", "because", "shown", "image_scope")
+
+
+def supported() -> pd.DataFrame:
+    """Every image-text and text model class of transformers that was looked at, tested ones first.
+
+    The table was made by tests (`python -m builders.model_table` in the project's checkout), with the version
+    of transformers in `attrs["transformers"]`.
+
+    Returns:
+        One row a class and model type: `name` (as people call it; empty where nothing but its config was
+        tried), `model_type`, `model_class`, `takes` ("images and text" or "text"), `status` (of STATUSES),
+        `because` (why it does not resolve), `shown` (what the tests showed, comma separated), `image_scope`
+        (whether its image tokens can be told apart, for `scope="image"`).
+
+    Example:
+        >>> models = supported()
+        >>> sorted(models["status"].unique())
+        ['does not', 'resolves', 'tested']
+    """
+    found = json.loads(files("daco").joinpath("models.json").read_text("utf-8"))
+    table = pd.DataFrame(found["models"], columns=list(COLUMNS))
+    table.attrs["transformers"] = found["transformers"]
+    return table
