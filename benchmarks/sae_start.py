@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.sae_training import machine
-from builders.activations import read_batch
+from builders.forward import read_batch
 from builders.mllm import load_mllm
 from builders.recipe import SaeConfig
 from builders.sae_training import Training

@@ -1,10 +1,10 @@
 """One forward pass of the frozen MLLM over every linked stimulus: contrastive readings, tokens for the SAEs.
 
-Reads `corpus/` and `stimuli/links.parquet`; writes `activations/facts.json`, a folder a shard with
-`readings.safetensors`, `tokens.safetensors`, `ids.json` and `counts.json`, and `model/` for a tiny model.
+Reads `corpus/`, `stimuli/links.parquet` and, where the recipe asks for them, a table of prompts; writes
+`activations/facts.json`, a folder a shard with `ids.json`, `counts.json`, `readings.safetensors` (of stimuli)
+and `tokens.safetensors` (of the sources), and `model/` for a tiny model.
 """
 
-import contextlib
 import dataclasses
 import shutil
 from collections import Counter
@@ -15,19 +15,23 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import torch
 from PIL.Image import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from builders.answers import read_answers
 from builders.corpus import open_image
-from builders.mllm import chat_inputs, load_mllm, reading_weights
-from builders.recipe import ModelConfig
-from builders.stages import Work, summed_counts
+from builders.forward import Read, read_batch
+from builders.mllm import load_mllm
+from builders.prompts import Prompt, check_prompts, read_prompts
+from builders.recipe import ActivationsConfig, ModelConfig, Recipe
+from builders.stages import Work, summed_counts, writing
 from builders.tiny import tiny_mllm
-from builders.tokens import MODALITIES, keep_tokens
-from daco.capture import capture
+from builders.token_choice import keep_tokens
+from builders.tokens import MODALITIES, with_tokens
 from daco.errors import ActivationError
 from daco.manifest import canonical_json, write_atomic
-from daco.sites import ModelFacts, image_token_ids
+from daco.sites import ModelFacts
 
 
 class Stimulus(NamedTuple):
@@ -39,94 +43,6 @@ class Stimulus(NamedTuple):
     """Text of the user's turn."""
     file: Path
     """Its image."""
-
-
-class Read(NamedTuple):
-    """What the MLLM said of a batch of stimuli."""
-
-    readings: Tensor
-    """[batch, n_layers, d_model] float32: the contrastive reading."""
-    tokens: list[Tensor]
-    """A stimulus each: [tokens, n_layers, d_model] of the tokens that are neither padding nor special."""
-    modality: list[Tensor]
-    """A stimulus each: [tokens] uint8, what each of these tokens belongs to (numbers in `MODALITIES`)."""
-    masked: Counter[str]
-    """Tokens left out, by reason."""
-
-
-def modalities(model: Any, processor: Any, input_ids: Tensor, captions: Sequence[str]) -> Tensor:
-    """What each token of a batch belongs to, [batch, tokens] uint8, numbers in `MODALITIES`.
-
-    Args:
-        model: The MLLM.
-        processor: Its processor.
-        input_ids: [batch, tokens] of `chat_inputs(processor, captions, ...)`.
-        captions: One a stimulus; a caption that its prompt does not show as it is counts as prompt.
-    """
-    image, prompt, caption = (MODALITIES.index(name) for name in ("image", "prompt", "caption"))
-    kinds = torch.full(input_ids.shape, prompt, dtype=torch.uint8)
-    for row, text in enumerate(captions):
-        with contextlib.suppress(ValueError):
-            here = reading_weights(processor, {"input_ids": input_ids[row : row + 1]}, [text], "caption_mean")
-            kinds[row, here[0] > 0] = caption
-    kinds[torch.isin(input_ids, torch.tensor(sorted(image_token_ids(model))))] = image
-    return kinds
-
-
-def special_ids(model: Any, processor: Any) -> set[int]:
-    """Ids of special tokens, without the image's placeholder: at its places stand the image's own patches."""
-    tokenizer = processor.tokenizer
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    return special - set(image_token_ids(model))
-
-
-@torch.no_grad()
-def read_batch(
-    model: Any,
-    processor: Any,
-    captions: Sequence[str],
-    images: Sequence[Image],
-    layers: Sequence[int],
-    reading: str = "last",
-) -> Read:
-    """Forward a batch of stimuli, stopping after the last layer needed.
-
-    Args:
-        model: The MLLM.
-        processor: Its processor.
-        captions: One a stimulus; they stand in the user's turn with the image.
-        images: One a stimulus.
-        layers: Decoder blocks whose output is read, rising.
-        reading: See `builders.mllm.reading_weights`.
-
-    Raises:
-        ActivationError: an activation is NaN or infinite.
-    """
-    inputs = chat_inputs(processor, captions, images)
-    weights = reading_weights(processor, inputs, captions, reading)
-    with capture(model, layers, stop=True) as captured:
-        captured.run(**inputs.to(model.device))
-    z = torch.stack([captured.activations[layer].cpu() for layer in layers], dim=2)
-    attended = inputs["attention_mask"].cpu().bool()
-    special = torch.tensor(sorted(special_ids(model, processor)))
-    ordinary = attended & ~torch.isin(inputs["input_ids"].cpu(), special)
-    _check_finite(z[attended], layers)
-    masked = Counter(padding=int((~attended).sum()), special=int((attended & ~ordinary).sum()))
-    readings = torch.einsum("bt,btld->bld", weights, z.float())
-    kinds = modalities(model, processor, inputs["input_ids"].cpu(), captions)
-    tokens, modality = ([row[keep] for row, keep in zip(x, ordinary, strict=True)] for x in (z, kinds))
-    return Read(readings, tokens, modality, masked)
-
-
-def _check_finite(z: Tensor, layers: Sequence[int]) -> None:
-    bad = ~torch.isfinite(z).all(-1).all(0)
-    if bad.any():
-        where = [layer for layer, wrong in zip(layers, bad.tolist(), strict=True) if wrong]
-        raise ActivationError(
-            f"expected finite activations, got NaN or infinity at layers {where}; "
-            "try model.dtype = 'bfloat16' or 'float32'"
-        )
 
 
 def linked_stimuli(corpus: Path, links: Path) -> list[Stimulus]:
@@ -162,19 +78,145 @@ def model_facts(model: Any, config: ModelConfig) -> ModelFacts:
     return dataclasses.replace(facts, revision=facts.revision or (config.revision if facts.id else ""))
 
 
+class Job(NamedTuple):
+    """A shard to be written."""
+
+    name: str
+    """Of its folder; the stimuli's come first."""
+    items: Sequence[Any]
+    """The `Stimulus` or `Prompt` objects that it reads."""
+
+
+class Shard(NamedTuple):
+    """What the forwards of a shard gave."""
+
+    ids: list[str]
+    """Of the stimuli or prompts that were read."""
+    reads: list[Read]
+    """A batch each."""
+    counts: Counter[str]
+    """What was skipped, by reason."""
+
+
+def check(recipe: Recipe) -> None:
+    """Raise CorpusError where the table of prompts is missing or lacks a column."""
+    for source in table_sources(recipe.activations):
+        check_prompts(Path(recipe.activations.path), source)
+
+
+def table_sources(config: ActivationsConfig) -> list[str]:
+    """The sources that read the table of prompts, in order."""
+    return [source for source in ("answers", "generated") if source in config.sources]
+
+
 def run(work: Work) -> None:
-    """The stage: shards of `activations.shard_rows` stimuli, in the corpus's order."""
+    """The stage: shards of `activations.shard_rows` stimuli, in the corpus's order, then of prompts."""
     config = work.recipe.activations
     stimuli = linked_stimuli(work.upstream("corpus"), work.upstream("stimuli") / "links.parquet")
+    jobs, n_in, skipped = _jobs("", stimuli, config.shard_rows), len(stimuli), Counter[str]()
+    for source in table_sources(config):
+        prompts, unusable = read_prompts(Path(config.path), source)
+        jobs += _jobs(f"{source}-", prompts, config.shard_rows)
+        n_in, skipped = n_in + len(prompts) + unusable.total(), skipped + unusable
     if work.recipe.model.tiny:
         _save_tiny(work)
     model, processor = open_mllm(work.recipe.model, work.folder)
-    starts = range(0, len(stimuli), config.shard_rows)
-    for number, start in enumerate(work.progress(starts, unit="shard")):
-        if not work.has(f"{number:05d}"):
-            with work.shard(f"{number:05d}") as folder:
-                _write_shard(work, folder, model, processor, stimuli[start : start + config.shard_rows])
-    _finish(work, model, len(stimuli))
+    before: Tensor | None = None
+    for job in work.progress(jobs, unit="shard"):
+        if not work.has(job.name):
+            with work.shard(job.name) as folder:
+                read = _read(model, processor, config, job)
+                with writing(f"the activations of shard {job.name}"):
+                    _write_shard(folder, job, read, config, work.seed, before)
+        before = counts_so_far(before, work.folder / "shards" / job.name)
+    _finish(work, model, n_in, skipped)
+
+
+def _jobs(prefix: str, items: Sequence[Any], size: int) -> list[Job]:
+    starts = range(0, len(items), size)
+    return [Job(f"{prefix}{number:05d}", items[start : start + size]) for number, start in enumerate(starts)]
+
+
+def _read(model: Any, processor: Any, config: ActivationsConfig, job: Job) -> Shard:
+    if job.name.startswith(("answers-", "generated-")):
+        shard = read_prompt_shard(model, processor, config, job.items)
+    else:
+        shard = read_stimuli_shard(model, processor, config, job.items)
+    if not shard.ids:
+        raise ActivationError(
+            f"expected usable stimuli in a shard, got none of {len(job.items)} ({dict(shard.counts)})"
+        )
+    return shard
+
+
+def read_stimuli_shard(
+    model: Any, processor: Any, config: ActivationsConfig, stimuli: Sequence[Stimulus]
+) -> Shard:
+    """Forward stimuli, `activations.batch` at a time; a plain function, to run anywhere.
+
+    Raises:
+        ActivationError: an activation is NaN or infinite.
+    """
+    shard = Shard([], [], Counter())
+    for start in range(0, len(stimuli), config.batch):
+        usable, skipped = _open_images(stimuli[start : start + config.batch], config.reading)
+        shard.counts.update(skipped)
+        if not usable:
+            continue
+        batch, images = zip(*usable, strict=True)
+        captions = [s.caption for s in batch]
+        shard.reads.append(read_batch(model, processor, captions, images, config.layers, config.reading))
+        shard.ids.extend(s.stimulus_id for s in batch)
+    return shard
+
+
+def read_prompt_shard(
+    model: Any, processor: Any, config: ActivationsConfig, prompts: Sequence[Prompt]
+) -> Shard:
+    """Forward prompts with their answers, those with an image first; else as `read_stimuli_shard`."""
+    shard = Shard([], [], Counter())
+    for group in ([p for p in prompts if p.image], [p for p in prompts if not p.image]):
+        for start in range(0, len(group), config.batch):
+            usable, skipped = _open_prompt_images(group[start : start + config.batch])
+            shard.counts.update(skipped)
+            if not usable:
+                continue
+            batch, images = zip(*usable, strict=True)
+            answers = [p.answer for p in batch]
+            shard.reads.append(
+                read_answers(
+                    model,
+                    processor,
+                    [p.prompt for p in batch],
+                    images if images[0] else None,
+                    None if None in answers else answers,
+                    config.layers,
+                    config.max_answer,
+                )
+            )
+            shard.ids.extend(p.prompt_id for p in batch)
+    return shard
+
+
+def _open_prompt_images(prompts: Sequence[Prompt]) -> tuple[list[tuple[Prompt, Image | None]], Counter[str]]:
+    """Prompts with their images, if any; those that cannot be read are counted."""
+    usable: list[tuple[Prompt, Image | None]] = []
+    skipped = Counter[str]()
+    for prompt in prompts:
+        try:
+            usable.append((prompt, open_image(prompt.image) if prompt.image else None))
+        except Exception:  # Pillow's plug-ins agree on no class
+            skipped["skipped.unreadable_image"] += 1
+    return usable, skipped
+
+
+def counts_so_far(before: Tensor | None, shard: Path) -> Tensor | None:
+    """Norms counted in earlier shards and in this one; see `builders.token_choice`."""
+    if not with_tokens([shard]):
+        return before
+    with safe_open(shard / "tokens.safetensors", "pt") as file:
+        counts = file.get_tensor("norm_counts").long()
+    return counts if before is None else before + counts
 
 
 def _save_tiny(work: Work) -> None:
@@ -193,32 +235,40 @@ def _save_tiny(work: Work) -> None:
     partial.rename(target)
 
 
-def _write_shard(work: Work, folder: Path, model: Any, processor: Any, stimuli: Sequence[Stimulus]) -> None:
-    config = work.recipe.activations
-    ids: list[str] = []
-    readings, tokens, modality, counts = [], [], [], Counter(stimuli=len(stimuli))
-    for start in range(0, len(stimuli), config.batch):
-        usable, skipped = _open_images(stimuli[start : start + config.batch], config.reading)
-        counts += skipped
-        if not usable:
-            continue
-        batch, images = zip(*usable, strict=True)
-        read = read_batch(model, processor, [s.caption for s in batch], images, config.layers, config.reading)
-        ids += [s.stimulus_id for s in batch]
-        readings.append(read.readings)
-        tokens += read.tokens
-        modality += read.modality
-        counts.update({f"token.{reason}": n for reason, n in read.masked.items()})
-    if not ids:
-        raise ActivationError(f"expected usable stimuli in a shard, got none of {len(stimuli)}")
-    drawn = config.tokens_per_stimulus
-    tensors, left_out = keep_tokens(ids, tokens, config.max_norm, drawn, work.seed, modality)
-    counts.update({f"token.{reason}": n for reason, n in left_out.items()})
-    counts.update({"read": len(ids), "token.kept": len(tensors["tokens"])})
-    save_file({"readings": torch.cat(readings)}, folder / "readings.safetensors")
-    save_file(tensors, folder / "tokens.safetensors")
-    write_atomic(folder / "ids.json", canonical_json(ids))
+def _write_shard(
+    folder: Path, job: Job, read: Shard, config: ActivationsConfig, seed: int, before: Tensor | None
+) -> None:
+    """The shard's readings, where there are any, and its tokens, where they are a source."""
+    of_stimuli = read.reads[0].readings is not None
+    counts = Counter(stimuli=len(job.items), read=len(read.ids), **read.counts)
+    if of_stimuli:
+        readings = torch.cat([batch.readings for batch in read.reads])
+        save_file({"readings": readings}, folder / "readings.safetensors")
+    if not of_stimuli or "stimuli" in config.sources:
+        tensors, left_out = _tokens(read, config, seed, before)
+        save_file(tensors, folder / "tokens.safetensors")
+        for masked in (*(batch.masked for batch in read.reads), left_out):
+            counts.update({f"token.{reason}": n for reason, n in masked.items()})
+        counts["token.kept"] = len(tensors["tokens"])
+        kinds = torch.bincount(tensors["modality"].long(), minlength=len(MODALITIES)).tolist()
+        counts.update({f"kind.{name}": n for name, n in zip(MODALITIES, kinds, strict=True)})
+    write_atomic(folder / "ids.json", canonical_json(read.ids))
     write_atomic(folder / "counts.json", canonical_json(dict(counts)))
+
+
+def _tokens(
+    read: Shard, config: ActivationsConfig, seed: int, before: Tensor | None
+) -> tuple[dict[str, Tensor], Counter[str]]:
+    return keep_tokens(
+        read.ids,
+        [z for batch in read.reads for z in batch.tokens],
+        config.max_norm,
+        config.tokens_per_stimulus,
+        seed,
+        [kind for batch in read.reads for kind in batch.modality],
+        wanted=config.modalities,
+        before=before,
+    )
 
 
 def _open_images(
@@ -237,17 +287,19 @@ def _open_images(
     return usable, skipped
 
 
-def _finish(work: Work, model: Any, n_stimuli: int) -> None:
+def _finish(work: Work, model: Any, n_in: int, unusable: Counter[str]) -> None:
     total = summed_counts(work.shards())
+    total.update(unusable)
     tokens = _part(total, "token.")
     kept = tokens.pop("kept", 0)
     facts = {
         "model": dataclasses.asdict(model_facts(model, work.recipe.model)),
         "layers": list(work.recipe.activations.layers),
         "tokens": {"in": kept + sum(tokens.values()), "out": kept, "skipped": tokens},
+        "modalities": _part(total, "kind."),
     }
     write_atomic(work.folder / "facts.json", canonical_json(facts))
-    work.finish({"in": n_stimuli, "out": total["read"], "skipped": _part(total, "skipped.")})
+    work.finish({"in": n_in, "out": total["read"], "skipped": _part(total, "skipped.")})
 
 
 def _part(counts: Counter[str], prefix: str) -> dict[str, int]:

@@ -109,6 +109,11 @@ def readings(shards: Sequence[Path]) -> Iterator[tuple[int, Tensor]]:
         start += len(z)
 
 
+def with_readings(shards: Sequence[Path]) -> list[Path]:
+    """The shards of stimuli; those of prompts with answers hold tokens alone."""
+    return [shard for shard in shards if (shard / "readings.safetensors").is_file()]
+
+
 def load_dictionary(polarity: Path, directions: Path) -> ConceptDictionary:
     """The dictionary of a run, from the folders of two finished stages."""
     facts = json.loads((directions / "facts.json").read_text("utf-8"))
@@ -130,8 +135,9 @@ def run(work: Work) -> None:
     concepts = table.column("concept_id").to_pylist()
     links = read_table(work.upstream("stimuli") / "links.parquet", LINKS)
     frame = links.select(["concept_id", "stimulus_id", "role"]).to_pandas()
-    ids = [i for shard in shards for i in json.loads((shard / "ids.json").read_text("utf-8"))]
-    found = contrast(concepts, frame, ids, work.progress(readings(shards), total=len(shards), unit="shard"))
+    read = with_readings(shards)
+    ids = [i for shard in read for i in json.loads((shard / "ids.json").read_text("utf-8"))]
+    found = contrast(concepts, frame, ids, work.progress(readings(read), total=len(read), unit="shard"))
     layers = facts["layers"]
     tensors = {f"layer_{layer}": found.directions[i].clone() for i, layer in enumerate(layers)}
     partial = work.folder / ".directions.partial"

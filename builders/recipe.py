@@ -214,7 +214,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ActivationsConfig:
-    """One forward pass of the MLLM over the linked stimuli."""
+    """One forward pass of the MLLM over the linked stimuli, and over prompts with answers where asked for."""
 
     layers: tuple[int, ...] = (15, 16, 17, 18, 19)
     """Decoder blocks whose output is read, 0-based."""
@@ -225,9 +225,19 @@ class ActivationsConfig:
     shard_rows: int = 128
     """Stimuli a shard."""
     max_norm: float = 10.0
-    """Tokens whose norm is over this multiple of the shard's median are masked and counted."""
+    """Tokens whose norm is over this multiple of the median of all so far are masked and counted."""
     tokens_per_stimulus: int = 0
     """Unmasked tokens of a stimulus kept for the SAE, drawn by (seed, stimulus); 0 = all."""
+    modalities: tuple[str, ...] = ("image", "prompt", "caption", "generated")
+    """Tokens kept for the SAE, by what they belong to: the `image`, the `prompt` (the chat template, and the
+    text of a prompt from `path`), the `caption` of a stimulus, a `generated` (or given) answer."""
+    sources: tuple[str, ...] = ("stimuli",)
+    """Whence the SAE's tokens are, any of: `stimuli`; `answers`, prompts with the answers of the table at
+    `path`; `generated`, its prompts with the model's own greedy answers. Readings are of stimuli always."""
+    path: str = ""
+    """Table (.parquet, .tsv, .csv or .jsonl) of `prompt`, `answer` and, if any, `image` (relative to it)."""
+    max_answer: int = 128
+    """Tokens of an answer at most: longer given ones are cut, generated ones end there."""
 
 
 @dataclass(frozen=True)
@@ -361,6 +371,7 @@ LOCAL_FIELDS = {
     ("corpus", "images"),
     ("concepts", "path"),
     ("concepts", "edits"),
+    ("activations", "path"),
     ("polarity", "path"),
     ("polarity", "base_url"),
     ("embeddings", "path"),
@@ -470,8 +481,8 @@ _AT_LEAST = {
     1: "run.threads corpus.shard_rows concepts.min_count concepts.max_concepts clip.steps clip.batch "
     "clip.image_size clip.patch_size clip.hidden clip.n_layers embeddings.batch embeddings.shard_rows "
     "stimuli.n_positive stimuli.min_positive stimuli.block stimuli.memory stimuli.proposals "
-    "activations.batch activations.shard_rows clip.checkpoint_steps sae.steps sae.batch sae.eval_steps "
-    "sae.checkpoint_steps atoms.n_nearest "
+    "activations.batch activations.shard_rows activations.max_answer clip.checkpoint_steps sae.steps "
+    "sae.batch sae.eval_steps sae.checkpoint_steps atoms.n_nearest "
     "evaluate.items evaluate.batch polarity.batch polarity.workers sae.dead_tokens atoms.min_group",
     2: "stimuli.pool",
 }
@@ -545,6 +556,23 @@ def _field(recipe: Recipe, where: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
+def _check_sources(config: ActivationsConfig) -> None:
+    """Lists of known names, none empty; a table of prompts exactly where it is read."""
+    allowed = {
+        "sources": ("stimuli", "answers", "generated"),
+        "modalities": ("image", "prompt", "caption", "generated"),
+    }
+    for name, known in allowed.items():
+        chosen = list(getattr(config, name))
+        if not chosen or len(set(chosen)) < len(chosen) or set(chosen) - set(known):
+            raise RecipeError(f"activations.{name}: expected some of {known}, each once, got {chosen}")
+    if bool(config.path) != (set(config.sources) != {"stimuli"}):
+        raise RecipeError(
+            "activations.path: expected a table of prompts where activations.sources has 'answers' or "
+            f"'generated', and none elsewhere, got {config.path!r} for {list(config.sources)}"
+        )
+
+
 def _check(recipe: Recipe) -> None:
     """Ranges and choices; the first broken one is raised."""
     _check_ranges(recipe)
@@ -591,6 +619,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.model.published and not re.fullmatch(rf"{_REPO_PART}/{_REPO_PART}@\S+", recipe.model.published):
         raise RecipeError(f"model.published: expected `org/name@revision`, got {recipe.model.published!r}")
     _check_annotator(recipe.polarity)
+    _check_sources(recipe.activations)
     if recipe.stimuli.service and not recipe.embeddings.path:
         raise RecipeError(
             "stimuli.service: expected embeddings.path, which its index was built from, got none"

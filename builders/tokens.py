@@ -1,12 +1,12 @@
 """Token activations on disk: what a shard keeps, and how the SAE's stages read it.
 
 Writes nothing itself; reads `activations/facts.json` and the stage's shards (`tokens.safetensors`: `tokens`
-[t, n_layers, d_model], `norms` [t, n_layers], `modality` [t], `n_tokens` [stimuli]; `ids.json`).
+[t, n_layers, d_model], `norms` [t, n_layers], `modality` [t], `n_tokens` [stimuli] ...; `ids.json`). Which
+tokens a shard keeps is decided in `builders.token_choice`.
 """
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,21 +35,26 @@ def held_out(stimulus_id: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+def with_tokens(shards: Sequence[Path]) -> list[Path]:
+    """The shards that hold tokens; those of stimuli need not, where the SAEs learn from answers alone."""
+    return [shard for shard in shards if (shard / "tokens.safetensors").is_file()]
+
+
 class TokenShards:
     """Tokens of one layer in finished shards, memory-mapped; of training or of held-out stimuli only.
 
     Args:
-        shards: The shard folders, in order.
+        shards: The shard folders, in order; those that hold no tokens (readings alone) are passed over.
         position: Position of the layer among the stage's layers.
         holdout: Share of stimuli that is held out.
         held: Take the held-out stimuli, else the others.
     """
 
     def __init__(self, shards: Sequence[Path], position: int, holdout: float, held: bool) -> None:
-        self.position, self.folders, self.holdout, self.held = position, list(shards), holdout, held
-        self.shards = [load_file(shard / "tokens.safetensors")["tokens"] for shard in shards]
+        self.position, self.folders, self.holdout, self.held = position, with_tokens(shards), holdout, held
+        self.shards = [load_file(shard / "tokens.safetensors")["tokens"] for shard in self.folders]
         self.d_model = self.shards[0].shape[-1] if self.shards else 0
-        spans = [_spans(shard, number, holdout, held) for number, shard in enumerate(shards)]
+        spans = [_spans(shard, number, holdout, held) for number, shard in enumerate(self.folders)]
         self.spans = np.concatenate([*spans, np.empty((0, 3), np.int64)])
         self.ends = self.spans[:, 2].cumsum()
 
@@ -113,63 +118,10 @@ def median_norms(shards: Sequence[Path], n_layers: int, holdout: float) -> list[
         ActivationError: there are none.
     """
     kept = []
-    for number, shard in enumerate(shards):
+    for number, shard in enumerate(with_tokens(shards)):
         with safe_open(shard / "tokens.safetensors", "np") as file:
             norms = file.get_tensor("norms")
         kept += [norms[first : first + n] for _, first, n in _spans(shard, number, holdout, held=False)]
     if not kept:
         raise ActivationError("expected training tokens, got none; lower sae.holdout or add stimuli")
     return [float(np.median(np.concatenate([norms[:, i] for norms in kept]))) for i in range(n_layers)]
-
-
-def keep_tokens(
-    ids: Sequence[str],
-    tokens: Sequence[Tensor],
-    max_norm: float,
-    at_most: int = 0,
-    seed: int = 0,
-    modality: Sequence[Tensor] | None = None,
-) -> tuple[dict[str, Tensor], Counter[str]]:
-    """Drop norm outliers of a shard and draw at most so many tokens a stimulus.
-
-    Args:
-        ids: One a stimulus.
-        tokens: One a stimulus, [tokens, n_layers, d_model].
-        max_norm: A token goes where, at any layer, its norm is over this multiple of the shard's median.
-        at_most: Tokens kept a stimulus; 0 = all.
-        seed: With the stimulus's id, draws them.
-        modality: One a stimulus: [tokens] uint8, numbers in `MODALITIES`.
-
-    Returns:
-        `tokens` [t, n_layers, d_model] in the order of stimuli, `norms` [t, n_layers] float32, `n_tokens`
-        [stimuli] and, where given, `modality` [t]; and how many were left out, by reason.
-    """
-    norms = [z.float().norm(dim=-1) for z in tokens]
-    limit = max_norm * _median(torch.cat(norms))
-    inside = [(n <= limit).all(-1).nonzero().flatten() for n in norms]
-    kept = [_draw(rows, at_most, seed, i) for i, rows in zip(ids, inside, strict=True)]
-    left_out = Counter(
-        norm_outlier=sum(map(len, tokens)) - sum(map(len, inside)),
-        not_drawn=sum(map(len, inside)) - sum(map(len, kept)),
-    )
-    tensors = {
-        "tokens": torch.cat([z[rows] for z, rows in zip(tokens, kept, strict=True)]),
-        "norms": torch.cat([n[rows] for n, rows in zip(norms, kept, strict=True)]),
-        "n_tokens": torch.tensor([len(rows) for rows in kept]),
-    }
-    if modality is not None:
-        tensors["modality"] = torch.cat([kind[rows] for kind, rows in zip(modality, kept, strict=True)])
-    return tensors, left_out
-
-
-def _median(norms: Tensor) -> Tensor:
-    """Median over tokens, [n_layers]; of no tokens, zero."""
-    return norms.median(0).values if len(norms) else torch.zeros(norms.shape[-1])
-
-
-def _draw(rows: Tensor, at_most: int, seed: int, stimulus_id: str) -> Tensor:
-    if not at_most or len(rows) <= at_most:
-        return rows
-    digest = hashlib.sha256(f"tokens\0{seed}\0{stimulus_id}".encode()).digest()
-    chosen = np.random.default_rng(int.from_bytes(digest, "big")).choice(len(rows), at_most, replace=False)
-    return rows[torch.from_numpy(np.sort(chosen))]

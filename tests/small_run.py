@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from builders import train_sae
 from builders.recipe import Recipe, recipe_of
 from builders.stages import Work, fingerprint
-from builders.tokens import keep_tokens
+from builders.token_choice import keep_tokens
 from daco.manifest import canonical_json
 from daco.tables import CONCEPTS, LINKS, STIMULI, table_of, write_table
 

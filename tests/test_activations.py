@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from small_run import LAYERS, Killed, digests, opened, small_recipe, stimulus_ids, write_corpus, write_links
 
 from builders import activations as stage
+from builders import forward
 from builders.corpus import open_image
 from builders.mllm import chat_inputs
 from builders.tiny import tiny_mllm
-from builders.tokens import MODALITIES, TokenShards, held_out, keep_tokens
+from builders.token_choice import keep_tokens, median_of, norm_counts
+from builders.tokens import MODALITIES, TokenShards, held_out
 from daco.errors import ActivationError
+from daco.sites import image_token_ids
 
 CAPTIONS = ["a knife on a table", "two dogs", "a very long caption about a red car by the sea"]
 
@@ -42,14 +45,14 @@ def whole(model, processor, caption, image):
 
 
 def ordinary(model, processor, inputs):
-    special = stage.special_ids(model, processor)
+    special = forward.special_ids(model, processor)
     return torch.tensor([int(i) not in special for i in inputs["input_ids"][0]])
 
 
 def test_readings_and_tokens_equal_unbatched_whole_forwards(tiny):
     model, processor = tiny
     images = pictures(3)
-    read = stage.read_batch(model, processor, CAPTIONS, images, LAYERS)
+    read = forward.read_batch(model, processor, CAPTIONS, images, LAYERS)
     for row, (caption, image) in enumerate(zip(CAPTIONS, images, strict=True)):
         inputs, z = whole(model, processor, caption, image)
         torch.testing.assert_close(read.readings[row], z[-1], rtol=1e-4, atol=1e-4)
@@ -67,9 +70,9 @@ def test_readings_and_tokens_equal_unbatched_whole_forwards(tiny):
 
 def test_image_places_are_kept_special_tokens_are_not(tiny):
     model, processor = tiny
-    special = stage.special_ids(model, processor)
+    special = forward.special_ids(model, processor)
     ids = chat_inputs(processor, CAPTIONS[:1], pictures(1))["input_ids"][0].tolist()
-    image = next(i for i in stage.image_token_ids(model) if i in ids)
+    image = next(i for i in image_token_ids(model) if i in ids)
     assert ids.count(image) > 1
     assert image not in special
     assert {processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id} <= special
@@ -77,12 +80,12 @@ def test_image_places_are_kept_special_tokens_are_not(tiny):
 
 def test_tokens_are_told_apart_as_image_prompt_and_caption(tiny):
     model, processor = tiny
-    read = stage.read_batch(model, processor, [*CAPTIONS[:2], " "], pictures(3), LAYERS)
+    read = forward.read_batch(model, processor, [*CAPTIONS[:2], " "], pictures(3), LAYERS)
     image, prompt, caption = (MODALITIES.index(name) for name in ("image", "prompt", "caption"))
     for text, picture, kinds in zip([*CAPTIONS[:2], " "], pictures(3), read.modality, strict=True):
         inputs = chat_inputs(processor, [text], [picture])
         ids = inputs["input_ids"][0][ordinary(model, processor, inputs)]
-        assert (kinds == image).tolist() == [int(i) in stage.image_token_ids(model) for i in ids]
+        assert (kinds == image).tolist() == [int(i) in image_token_ids(model) for i in ids]
         assert processor.tokenizer.decode(ids[kinds == caption]).strip() == text.strip()
         assert (kinds == prompt).any()
 
@@ -91,7 +94,7 @@ def test_tokens_are_told_apart_as_image_prompt_and_caption(tiny):
 def test_other_readings_stay_within_the_caption(tiny, reading):
     model, processor = tiny
     images = pictures(3)
-    read = stage.read_batch(model, processor, CAPTIONS, images, LAYERS, reading)
+    read = forward.read_batch(model, processor, CAPTIONS, images, LAYERS, reading)
     for row, (caption, image) in enumerate(zip(CAPTIONS, images, strict=True)):
         inputs, z = whole(model, processor, caption, image)
         text = [processor.tokenizer.decode([i]) for i in inputs["input_ids"][0].tolist()]
@@ -111,7 +114,7 @@ def test_nan_activations_are_refused(tiny):
         with torch.no_grad():
             weight[0, 0] = math.nan
         with pytest.raises(ActivationError, match=r"NaN or infinity at layers \[2\]"):
-            stage.read_batch(model, processor, CAPTIONS[:1], pictures(1), LAYERS)
+            forward.read_batch(model, processor, CAPTIONS[:1], pictures(1), LAYERS)
     finally:
         with torch.no_grad():
             weight.copy_(before)
@@ -126,7 +129,7 @@ def test_norm_outliers_at_any_layer_are_dropped_and_counted():
     tokens = stimulus_tokens()
     tokens[1][2, 0] *= 1000
     tokens[4][0, 1] *= 1000
-    modality = [torch.arange(len(z), dtype=torch.uint8) for z in tokens]
+    modality = [torch.arange(len(z), dtype=torch.uint8) % 4 for z in tokens]
     kept, left_out = keep_tokens(stimulus_ids(7), tokens, max_norm=10.0, modality=modality)
     assert left_out["norm_outlier"] == 2
     expected = torch.cat([tokens[0], tokens[1][[0, 1, 3]], *tokens[2:4], tokens[4][1:], *tokens[5:]])
@@ -134,6 +137,30 @@ def test_norm_outliers_at_any_layer_are_dropped_and_counted():
     assert kept["n_tokens"].tolist() == [3, 3, 5, 6, 6, 8, 9]
     assert kept["modality"][:6].tolist() == [0, 1, 2, 0, 1, 3]
     torch.testing.assert_close(kept["norms"], expected.norm(dim=-1))
+
+
+def test_counts_of_norms_add_up_to_the_median_of_all_shards():
+    norms = torch.exp(torch.randn(2_001, 2, generator=torch.Generator().manual_seed(4)) * 3 + 2)
+    parts = [norm_counts(part) for part in norms.split(150)]
+    whole = sum(parts[1:], parts[0])
+    assert torch.equal(whole, norm_counts(norms))
+    assert int(whole.sum()) == 2 * len(norms)
+    torch.testing.assert_close(median_of(whole), norms.median(0).values, rtol=0.022, atol=0)
+    assert median_of(norm_counts(torch.empty(0, 2))).tolist() == [0.0, 0.0]
+    assert (median_of(norm_counts(torch.tensor([[0.0, 1e30]]))) > 0).all()  # out of range: in the last bins
+
+
+def test_an_outlier_is_one_against_the_median_of_all_shards_so_far():
+    tokens = [100 * z for z in stimulus_tokens(4)]
+    before = norm_counts(torch.cat(stimulus_tokens(7, seed=3)).norm(dim=-1))
+    alone, left_out = keep_tokens(stimulus_ids(4), tokens, max_norm=10.0)
+    assert len(alone["tokens"]) == 18
+    assert left_out["norm_outlier"] == 0
+    later, left_out = keep_tokens(stimulus_ids(4), tokens, max_norm=10.0, before=before)
+    assert len(later["tokens"]) == 0
+    assert left_out["norm_outlier"] == 18
+    many = before // 100  # most of what was seen lies in this shard
+    assert len(keep_tokens(stimulus_ids(4), tokens, max_norm=10.0, before=many)[0]["tokens"]) == 18
 
 
 def test_at_most_so_many_tokens_of_a_stimulus_by_seed_and_id():
@@ -239,6 +266,26 @@ def test_killed_and_resumed_equals_undisturbed(upstream, at):
         run(upstream, killed_at=at)
     assert len([*(upstream / "activations" / "shards").iterdir()]) == at
     assert run(upstream) == expected
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_outliers_of_a_shard_are_judged_by_all_before_it_also_after_a_kill(upstream, monkeypatch, at):
+    seen, keep = [], stage.keep_tokens
+
+    def noted(*arguments, before, **options):
+        seen.append(before)
+        return keep(*arguments, before=before, **options)
+
+    monkeypatch.setattr(stage, "keep_tokens", noted)
+    with pytest.raises(Killed):
+        run(upstream, killed_at=at)
+    run(upstream)
+    shards = sorted((upstream / "activations" / "shards").iterdir())
+    counts = [load_file(shard / "tokens.safetensors")["norm_counts"].long() for shard in shards]
+    assert seen[0] is None
+    assert len(seen) == len(shards) == 4
+    for number, before in enumerate(seen[1:], start=1):
+        assert torch.equal(before, sum(counts[:number]))
 
 
 def test_an_unreadable_image_is_skipped_and_counted(upstream):

@@ -15,8 +15,8 @@ from hostile import CONTROL_TOKENS, TEXTS
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from builders.activations import read_batch
 from builders.corpus import clean_caption
+from builders.forward import read_batch
 from builders.mllm import chat_inputs, plain_text
 from builders.pipeline import run
 from builders.recipe import Recipe, recipe_of
