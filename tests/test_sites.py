@@ -1,10 +1,9 @@
-"""The text trunk is found by the model's own account, beside a deep vision tower, and at 7B shapes."""
+"""The text trunk is found by the model's own account, beside a deep vision tower, or refused by name."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import torch
 from conftest import tiny
 from torch import nn
 
@@ -25,67 +24,6 @@ def test_the_trunk_is_the_text_models_beside_a_decoy(kind: str, vision_layers: i
     assert any(m is not trunk.layers for m in lists), "no decoy in the model"
     assert site(model, 3) is model.model.language_model.layers[3]
     assert find_trunk(model.model).layers is trunk.layers
-
-
-class Released(NamedTuple):
-    """What https://huggingface.co/<model>/blob/main/config.json says, and what else its class needs."""
-
-    config: str
-    model: str
-    hidden_size: int
-    n_layers: int
-    vision_layers: int
-    text: dict[str, Any] = {}  # noqa: RUF012
-    vision: dict[str, Any] = {}  # noqa: RUF012
-
-
-HEADS = {"num_attention_heads": 28, "num_key_value_heads": 4}
-RELEASED = [
-    Released("LlavaConfig", "llava-hf/llava-1.5-7b-hf", 4096, 32, 24, {"model_type": "llama"}),
-    Released("LlavaNextConfig", "llava-hf/llava-v1.6-mistral-7b-hf", 4096, 32, 24, {"model_type": "mistral"}),
-    Released("Qwen2VLConfig", "Qwen/Qwen2-VL-7B-Instruct", 3584, 28, 32, HEADS),
-    Released(
-        "Qwen2_5_VLConfig", "Qwen/Qwen2.5-VL-7B-Instruct", 3584, 28, 32, HEADS, {"out_hidden_size": 3584}
-    ),
-    Released("Qwen3VLConfig", "Qwen/Qwen3-VL-8B-Instruct", 4096, 36, 27, {}, {"out_hidden_size": 4096}),
-    Released("InternVLConfig", "OpenGVLab/InternVL3-8B-hf", 3584, 28, 24, {"model_type": "qwen2", **HEADS}),
-    Released(
-        "Gemma3Config",
-        "google/gemma-3-4b-it",
-        2560,
-        34,
-        27,
-        {"num_attention_heads": 8, "num_key_value_heads": 4},
-        {"model_type": "siglip_vision_model", "hidden_size": 1152},
-    ),
-]
-
-
-def on_meta(released: Released) -> nn.Module:
-    import transformers
-
-    depth = "depth" if released.config.startswith("Qwen") else "num_hidden_layers"
-    text = {"hidden_size": released.hidden_size, "num_hidden_layers": released.n_layers, **released.text}
-    vision = {depth: released.vision_layers, **released.vision}
-    if released.config.startswith("Llava"):
-        vision["model_type"] = "clip_vision_model"
-    config = getattr(transformers, released.config)(text_config=text, vision_config=vision)
-    with torch.device("meta"):
-        return transformers.AutoModelForImageTextToText.from_config(config)
-
-
-@pytest.mark.parametrize("released", RELEASED, ids=lambda r: r.model)
-def test_released_shapes_resolve(released: Released) -> None:
-    model = on_meta(released)
-    trunk = find_trunk(model)
-    assert (trunk.hidden_size, trunk.n_layers) == (released.hidden_size, released.n_layers)
-    assert "vision" not in trunk.path
-    assert "visual" not in trunk.path
-    depths = {len(m) for m in model.modules() if isinstance(m, nn.ModuleList)}
-    assert released.vision_layers in depths, "the vision tower is not as published"
-    assert image_token_ids(model)
-    projection = next(trunk.layers[released.n_layers - 1].self_attn.q_proj.parameters())
-    assert projection.shape[1] == released.hidden_size
 
 
 TEXT_MODELS = {
@@ -161,7 +99,7 @@ def test_what_has_no_trunk_is_refused(tiny_llava: Any) -> None:
             vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, decoder_start_token_id=0
         )
     )
-    with pytest.raises(UnsupportedModelError, match="expected a text trunk"):
+    with pytest.raises(UnsupportedModelError, match=r"expected a text trunk that .*got an encoder-decoder"):
         find_trunk(t5)
     model, _ = tiny("llava")
     model.config.text_config.num_hidden_layers = 5
