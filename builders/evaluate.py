@@ -20,6 +20,7 @@ from builders.corpus import open_image
 from builders.directions import load_dictionary
 from builders.mllm import chat_inputs
 from builders.recipe import Recipe
+from builders.splice import Spliced, caption_labels, recovered, splice
 from builders.stages import Work
 from builders.tokens import held_out
 from builders.train_sae import load_sae
@@ -205,7 +206,7 @@ def run(work: Work) -> None:
     _measure_batches(work, dictionary, stimuli)
     evaluation = {
         "suites": {},
-        "sae": _sae_figures(work.upstream("sae"), dictionary.layers),
+        "sae": _sae_figures(work.upstream("sae"), dictionary.layers, work.shards()),
         "retrieval": retrieval(work.upstream("stimuli") / "links.parquet"),
         "steering": _steering_figures(work.shards()),
     }
@@ -219,6 +220,11 @@ def _measure_batches(work: Work, dictionary: ConceptDictionary, stimuli: Sequenc
     steering = load_steering(work.recipe, work.upstream("sae"), work.upstream("atoms"), dictionary)
     methods = steering_methods(steering, dictionary)
     model, processor = open_mllm(work.recipe.model, work.upstream("activations"))
+    saes = {
+        layer: load_sae(work.upstream("sae") / layer_folder(layer)).to(model.device)
+        for layer in dictionary.layers
+        if work.recipe.evaluate.splice_items
+    }
     size = work.recipe.evaluate.batch
     for start in work.progress(range(0, len(stimuli), size), unit="batch"):
         name = f"{start // size:05d}"
@@ -230,15 +236,22 @@ def _measure_batches(work: Work, dictionary: ConceptDictionary, stimuli: Sequenc
             inputs = chat_inputs(processor, [s.caption for s in batch], images).to(model.device)
             figures = evaluate_batch(model, inputs, dictionary.layers, methods, work.recipe.evaluate.scope)
             write_atomic(folder / "figures.json", canonical_json(figures))
+            if start < work.recipe.evaluate.splice_items:
+                labels = caption_labels(model, processor, inputs, [s.caption for s in batch])
+                spliced = splice(model, inputs, labels, saes)
+                write_atomic(folder / "spliced.json", canonical_json(spliced))
 
 
-def _sae_figures(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
-    """What the training measured at its end, on all held-out tokens."""
+def _sae_figures(folder: Path, layers: Sequence[int], shards: Sequence[Path]) -> dict[str, Any]:
+    """What the training measured at its end, on all held-out tokens, and what splicing the SAEs in costs."""
+    parts = [json.loads(p.read_text("utf-8")) for s in shards if (p := s / "spliced.json").is_file()]
     found = {}
     for layer in layers:
         facts = json.loads((folder / layer_folder(layer) / "facts.json").read_text("utf-8"))
         figures = {key: facts[key] for key in ("fve", "fve_at_start", "l0", "dead")}
         found[str(layer)] = {"n_tokens": facts["tokens"], **figures}
+        if parts:
+            found[str(layer)] |= recovered(Spliced(*part[str(layer)]) for part in parts)
     return found
 
 

@@ -321,6 +321,9 @@ class EvaluateConfig:
     """Held-out stimuli steered, at most."""
     batch: int = 16
     """Stimuli a forward."""
+    splice_items: int = 64
+    """Of these stimuli, those whose captions the model predicts through each layer's SAE (cross-entropy
+    recovered), rounded up to whole forwards; 0 = none."""
     gamma: float = 0.0
     """Strength of the desirable shift, in units of R; written as the steering default."""
     scope: str = "all"
@@ -477,7 +480,7 @@ def _override(sections: dict[str, Any], text: str) -> None:
 
 _AT_LEAST = {
     0: "run.seed corpus.rows sae.n_atoms activations.tokens_per_stimulus sae.eval_tokens sae.aux_k "
-    "atoms.n_top stimuli.max_uses stimuli.spare",
+    "evaluate.splice_items atoms.n_top stimuli.max_uses stimuli.spare",
     1: "run.threads corpus.shard_rows concepts.min_count concepts.max_concepts clip.steps clip.batch "
     "clip.image_size clip.patch_size clip.hidden clip.n_layers embeddings.batch embeddings.shard_rows "
     "stimuli.n_positive stimuli.min_positive stimuli.block stimuli.memory stimuli.proposals "

@@ -1,11 +1,11 @@
 """What held-out tokens say of an SAE: variance explained, active and dead atoms, drift, its JumpReLU form.
 
-Reads held-out tokens; writes nothing. All weights here are exported ones, for raw activations.
+Reads held-out tokens; writes nothing. All weights here are exported ones, for raw activations. What the model
+itself loses is in `builders.splice`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,7 @@ from builders.recipe import SaeConfig
 from builders.sae_start import Tokens
 from builders.sae_step import Code, Encoder, batch_top_k_code, code_above, decoded, top_k_code
 from builders.tokens import MODALITIES
-from daco.capture import block_output
 from daco.errors import ActivationError
-from daco.sae import SAE
-from daco.sites import site
 
 DENSE = 0.1
 """An atom that fires at more than this share of the tokens is dense."""
@@ -247,59 +244,3 @@ def pairs(code: Code, m: int) -> Tensor:
     """`token * m + atom` of every atom that fires."""
     token = torch.repeat_interleave(code.starts.diff(), output_size=len(code.atoms))
     return (token * m + code.atoms)[code.values > 0]
-
-
-class Spliced(NamedTuple):
-    """What a model loses when a layer's output is replaced by its reconstruction."""
-
-    whole: float
-    """Cross-entropy of the model as it is, nats a token."""
-    spliced: float
-    """With the reconstruction in the place of the activation."""
-    ablated: float
-    """With the mean activation there."""
-
-    @property
-    def recovered(self) -> float:
-        """Share of what the mean activation loses that the reconstruction keeps; NaN: nothing is lost."""
-        lost = self.ablated - self.whole
-        return (self.ablated - self.spliced) / lost if lost else float("nan")
-
-
-@torch.no_grad()
-def splice(model: Any, inputs: Mapping[str, Any], labels: Tensor, layer: int, sae: SAE) -> Spliced:
-    """Cross-entropy of a batch with a layer's output as it is, reconstructed, and ablated.
-
-    Args:
-        model: The MLLM.
-        inputs: Its inputs, with `attention_mask`.
-        labels: [batch, tokens] as `input_ids`, -100 where a token does not count (image, prompt, padding).
-        layer: 0-based decoder block.
-        sae: Of that layer, for raw activations.
-    """
-    seen = inputs["attention_mask"].bool()
-
-    def loss(replace: Callable[[Tensor], Tensor] | None) -> float:
-        with _replaced(site(model, layer), replace) if replace else nullcontext():
-            logits = model(**inputs).logits.float()
-        return float(
-            F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        )
-
-    return Spliced(loss(None), loss(sae), loss(lambda z: z[seen].mean(0).expand_as(z)))
-
-
-@contextmanager
-def _replaced(block: torch.nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The block's output goes through `replace`; nothing is left behind."""
-
-    def hook(module: Any, given: Any, output: Any) -> Any:
-        z = block_output(output)
-        new = replace(z.float()).to(z.dtype)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_run import LAYERS, Killed, digests, opened, small_recipe, write_corpus, write_links, write_polarity
 
-from builders import activations, atoms, directions, train_sae
+from builders import activations, atoms, directions, splice, train_sae
 from builders import evaluate as stage
 from builders.activations import linked_stimuli, open_mllm
 from builders.corpus import open_image
@@ -122,6 +122,25 @@ def test_sae_figures_are_those_of_the_training(upstream):
         assert figures[str(layer)]["fve"] == table[-1]["fve"]
         assert figures[str(layer)]["fve_at_start"] == table[0]["fve"]
         assert figures[str(layer)]["n_tokens"] == table[-1]["tokens"] > 50
+
+
+@pytest.mark.parametrize(("items", "n"), [(0, 0), (4, 6), (64, 7)])
+def test_cross_entropy_recovered_is_that_of_the_first_items_in_whole_batches(upstream, items, n):
+    figures = run(upstream, batch=3, splice_items=items)["sae"]
+    if not items:
+        assert not any(key.startswith("ce") for key in figures["1"])
+        return
+    model, processor = open_mllm(small_recipe().model, upstream / "activations")
+    stimuli = [s for s in linked(upstream) if held_out(s.stimulus_id, 0.4)][:n]
+    saes = {layer: train_sae.load_sae(upstream / "sae" / f"layers.{layer}") for layer in LAYERS}
+    captions = [s.caption for s in stimuli]
+    inputs = chat_inputs(processor, captions, [open_image(s.file) for s in stimuli])
+    labels = splice.caption_labels(model, processor, inputs, captions)
+    expected = splice.splice(model, inputs, labels, saes)
+    for layer in LAYERS:
+        found = {key: value for key, value in figures[str(layer)].items() if key.startswith("ce")}
+        assert found == pytest.approx(splice.recovered([expected[layer]]), rel=1e-4)
+        assert found["ce_tokens"] > n
 
 
 def test_retrieval_equals_the_naive_medians(upstream):
