@@ -3,6 +3,7 @@
 Reads the folders of all finished stages; writes `release/dataset/` and `release/model/`.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -294,9 +295,12 @@ def write_model(work: Work, folder: Path, dataset: Mapping[str, Any]) -> None:
     for layer in work.progress(dictionary.layers, unit="layer"):
         source = work.upstream("sae") / layer_folder(layer)
         atoms = read_table(work.upstream("atoms") / layer_folder(layer) / "atoms.parquet", ATOMS).to_pandas()
+        training[str(layer)] = facts = json.loads((source / "facts.json").read_text("utf-8"))
         sae = LayerSAE(layer, load_sae(source), atoms, dictionary.R[layer])
+        if facts["activation"] == "topk":  # the others are released in the form in which they steer
+            form = {"jumprelu_threshold": facts["threshold"], "jumprelu_agreement": facts["agreement"]}
+            sae = dataclasses.replace(sae, **form)
         write_layer(folder, sae, dictionary.model)
-        training[str(layer)] = json.loads((source / "facts.json").read_text("utf-8"))
     write_config(folder, _config(work.recipe, dictionary, dataset, training))
     evaluation = (work.upstream("evaluate") / "evaluation.json").read_bytes()
     write_atomic(folder / "evaluation.json", evaluation)

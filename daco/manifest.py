@@ -14,7 +14,7 @@ from typing import Any
 
 from daco.errors import FormatError, FormatTooNewError, IntegrityError
 
-FORMAT_VERSION = "1.0.0"
+FORMAT_VERSION = "1.1.0"
 """Semver of the layout of releases; a reader refuses a newer major."""
 
 MANIFEST = "manifest.json"

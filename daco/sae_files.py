@@ -1,11 +1,13 @@
-"""The files of a model release: `config.json`, and four files a layer; one check each for writer and reader.
+"""The files of a model release: `config.json`, and five files a layer; one check each for writer and reader.
 
-Reads and writes `layers.<L>/{cfg.json,sae_weights.safetensors,steering.safetensors,atoms.parquet}`.
-The weights are in the layout of SAELens 6 and load there as they lie.
+Reads and writes `layers.<L>/{cfg.json,sae_weights.safetensors,atoms.parquet}` and, of labelled atoms alone,
+`layers.<L>/{steering.safetensors,steering_atoms.parquet}`. The weights are in the layout of SAELens 6 and
+load there as they lie.
 """
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from daco.errors import FormatError, IntegrityError
+from daco.errors import ArtefactNotFoundError, FormatError, IntegrityError, SteeringOnlyError
 from daco.load import Snapshot
 from daco.manifest import (
     FORMAT_VERSION,
@@ -34,6 +36,8 @@ from daco.tables import ATOMS, ATOMS_MORE, POLARITIES, read_table, write_table
 
 _ARCHITECTURES = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
 _SAE_LENS_VERSION = "6.54.0"
+_JUMPRELU_FACTS = ("jumprelu_threshold", "jumprelu_agreement")
+_STEERING_ATOMS = pa.schema([*ATOMS, ATOMS_MORE.field("group")])
 
 
 def layer_folder(layer: int) -> str:
@@ -114,8 +118,8 @@ def sae_lens_cfg(layer: LayerSAE, model: ModelFacts) -> dict[str, Any]:
     }
     if sae.activation == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    if layer.jumprelu_threshold is not None:
-        cfg["metadata"]["jumprelu_threshold"] = layer.jumprelu_threshold
+    facts = {name: getattr(layer, name) for name in _JUMPRELU_FACTS}
+    cfg["metadata"] |= {name: value for name, value in facts.items() if value is not None}
     return cfg
 
 
@@ -139,7 +143,7 @@ def steering_tensors(layer: LayerSAE) -> dict[str, Tensor]:
 
 
 def write_layer(folder: Path, layer: LayerSAE, model: ModelFacts) -> None:
-    """Write a layer's four files into `folder/layers.<L>`; weights are stored as float32.
+    """Write a layer's five files into `folder/layers.<L>`; weights are stored as float32.
 
     Args:
         folder: The release folder.
@@ -158,14 +162,19 @@ def write_layer(folder: Path, layer: LayerSAE, model: ModelFacts) -> None:
     # a single key: safetensors writes several in any order, and the bytes must be the same each time
     metadata = {"sae_weights_sha256": sha256_file(target / "sae_weights.safetensors")}
     write_atomic(target / "steering.safetensors", save(steering_tensors(layer), metadata))
-    schema = pa.schema([*ATOMS, *(field for field in ATOMS_MORE if field.name in layer.atoms)])
-    write_table(
-        target / "atoms.parquet", pa.Table.from_pandas(layer.atoms, schema=schema, preserve_index=False)
-    )
+    labelled = layer.atoms[layer.atoms["polarity"] != "neutral"]
+    _write_atoms(target / "atoms.parquet", layer.atoms, [*ATOMS, *ATOMS_MORE])
+    _write_atoms(target / "steering_atoms.parquet", labelled, _STEERING_ATOMS)
+
+
+def _write_atoms(path: Path, atoms: pd.DataFrame, fields: Iterable[pa.Field]) -> None:
+    """Those columns of ATOMS and ATOMS_MORE that there are."""
+    schema = pa.schema([field for field in fields if field.name in ATOMS.names or field.name in atoms])
+    write_table(path, pa.Table.from_pandas(atoms, schema=schema, preserve_index=False))
 
 
 def read_layer(snapshot: Snapshot, layer: int, dtype: torch.dtype, device: str | torch.device) -> LayerSAE:
-    """Read a layer's four files; see `SteeringSAE.from_pretrained` for what it raises."""
+    """Read a layer with all its weights; see `SteeringSAE.from_pretrained` for what it raises."""
     folder = layer_folder(layer)
     cfg = _read_cfg(snapshot.path(f"{folder}/cfg.json"), folder)
     weights_path = snapshot.path(f"{folder}/sae_weights.safetensors")
@@ -182,8 +191,73 @@ def read_layer(snapshot: Snapshot, layer: int, dtype: torch.dtype, device: str |
     _check_atoms(atoms, sae.n_atoms, layer)
     steering = snapshot.path(f"{folder}/steering.safetensors")
     R = _read_R(steering, folder)
-    _check_binding(steering, snapshot.manifest["files"][f"{folder}/sae_weights.safetensors"]["sha256"])
-    return LayerSAE(layer, sae, atoms, R, _jumprelu_threshold(cfg, folder))
+    _check_binding(steering, snapshot, folder)
+    return LayerSAE(layer, sae, atoms, R, **_jumprelu_facts(cfg, folder))
+
+
+def read_labelled(
+    snapshot: Snapshot, layer: int, dtype: torch.dtype, device: str | torch.device, eta: float
+) -> LayerSAE:
+    """Read a layer's labelled atoms alone, from the files that are made for it; a TopK becomes a JumpReLU.
+
+    Args:
+        snapshot: The release.
+        layer: Which layer.
+        dtype: Of the weights.
+        device: Of the weights.
+        eta: The release's, at which the atoms are labelled.
+
+    Raises:
+        SteeringOnlyError: a TopK without a calibrated threshold.
+        FormatError: see `SteeringSAE.from_pretrained`.
+    """
+    folder = layer_folder(layer)
+    cfg = _read_cfg(snapshot.path(f"{folder}/cfg.json"), folder)
+    facts = _jumprelu_facts(cfg, folder)
+    if cfg["architecture"] == "topk" and facts["jumprelu_threshold"] is None:
+        raise SteeringOnlyError(
+            f"{snapshot.name}: {folder}: expected a calibrated threshold, without which a TopK compares all "
+            "atoms, got none in this release; load without steering_only"
+        )
+    path = snapshot.path(f"{folder}/steering.safetensors")
+    R = _read_R(path, folder)
+    _check_binding(path, snapshot, folder)
+    tensors = _load_tensors(path)
+    atoms = _labelled_atoms(snapshot, folder, tensors.get("atom_ids"))
+    sae = _rows_sae(tensors, cfg["architecture"], facts["jumprelu_threshold"], folder)
+    return LayerSAE(layer, sae.to(device, dtype), atoms, R, **facts, labelled_at=eta)
+
+
+def _rows_sae(tensors: dict[str, Tensor], architecture: str, threshold: float | None, folder: str) -> SAE:
+    """The SAE that has the labelled atoms alone."""
+    names = {"W_enc": "W_enc_rows", "b_enc": "b_enc", "W_dec": "W_dec_rows", "b_dec": "b_dec"}
+    names |= {"threshold": "threshold"} if architecture == "jumprelu" else {}
+    if missing := sorted(set(names.values()) - set(tensors)):
+        raise FormatError(f"{folder}/steering: expected tensors {missing}, got {sorted(tensors)}")
+    w = {name: tensors[stored] for name, stored in names.items()}
+    _check_finite(w, f"{folder}/steering")
+    if threshold is not None and architecture == "topk":
+        w["threshold"] = torch.full_like(w["b_enc"], threshold)
+    activation = "jumprelu" if "threshold" in w else "relu"
+    sae = SAE(w["W_enc"].T, w["b_enc"], w["W_dec"], w["b_dec"], activation, threshold=w.get("threshold"))
+    return sae.requires_grad_(False)
+
+
+def _labelled_atoms(snapshot: Snapshot, folder: str, ids: Tensor | None) -> pd.DataFrame:
+    """The rows of labelled atoms; from the table of all atoms in a release that has no smaller one."""
+    name = f"{folder}/steering_atoms.parquet"
+    small = name in snapshot.manifest["files"]
+    path = snapshot.path(name if small else f"{folder}/atoms.parquet")
+    atoms = read_table(path, ATOMS).to_pandas()
+    if not small:
+        atoms = atoms[atoms["polarity"] != "neutral"].reset_index(drop=True)
+    wanted = None if ids is None else ids.tolist()
+    if list(atoms["atom"]) != wanted or not set(atoms["polarity"]) <= {"desirable", "undesirable"}:
+        raise FormatError(
+            f"{folder}/{path.name}: expected the labelled atoms of steering.safetensors in order, got "
+            "others; build it again"
+        )
+    return atoms
 
 
 def _read_cfg(path: Path, folder: str) -> dict[str, Any]:
@@ -200,16 +274,30 @@ def _read_cfg(path: Path, folder: str) -> dict[str, Any]:
     return dict(cfg)
 
 
-def _jumprelu_threshold(cfg: dict[str, Any], folder: str) -> float | None:
+def _jumprelu_facts(cfg: dict[str, Any], folder: str) -> dict[str, float | None]:
+    """The threshold of a TopK's JumpReLU form and how it agrees; None where it is not there."""
     metadata = cfg.get("metadata")
-    value = metadata.get("jumprelu_threshold") if isinstance(metadata, dict) else None
-    if value is not None and not (isinstance(value, float) and math.isfinite(value) and value > 0):
-        raise FormatError(f"{folder}/cfg.json: jumprelu_threshold: expected a number above 0, got {value!r}")
-    return value
+    facts = {name: metadata.get(name) if isinstance(metadata, dict) else None for name in _JUMPRELU_FACTS}
+    threshold, agreement = facts.values()
+    if threshold is not None and not (isinstance(threshold, float) and 0 < threshold < math.inf):
+        raise FormatError(
+            f"{folder}/cfg.json: jumprelu_threshold: expected a number above 0, got {threshold!r}"
+        )
+    if agreement is not None and not (isinstance(agreement, float) and 0 <= agreement <= 1):
+        raise FormatError(
+            f"{folder}/cfg.json: jumprelu_agreement: expected a share from 0 to 1, got {agreement!r}"
+        )
+    return facts
 
 
 def _read_R(path: Path, folder: str) -> float:
-    R = _load_tensors(path).get("R")
+    try:
+        with safe_open(path, "pt") as file:
+            R = file.get_tensor("R") if "R" in file.keys() else None  # noqa: SIM118 (it is no dict)
+    except SafetensorError as error:
+        raise IntegrityError(
+            f"{path.name}: expected safetensors, got {error}; download or build it again"
+        ) from error
     value = float(R[0]) if R is not None and list(R.shape) == [1] else math.nan
     if not (math.isfinite(value) and value > 0):
         raise FormatError(f"{folder}/steering: expected R as one number above 0, got {R}; build it again")
@@ -231,8 +319,12 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _check_binding(path: Path, weights_sha256: str) -> None:
-    """The compact file must have been written from these very weights."""
+def _check_binding(path: Path, snapshot: Snapshot, folder: str) -> None:
+    """The compact file must have been written from these very weights, which need not be here."""
+    name = f"{folder}/sae_weights.safetensors"
+    if (entry := snapshot.manifest["files"].get(name)) is None:
+        raise ArtefactNotFoundError(f"{snapshot.name}: expected {name!r} in its manifest, got none")
+    weights_sha256 = entry["sha256"]
     with safe_open(path, "pt") as file:
         bound = (file.metadata() or {}).get("sae_weights_sha256")
     if bound != weights_sha256:

@@ -11,7 +11,7 @@ from torch import nn
 from daco.errors import FormatError, UnknownLayerError
 from daco.load import resolve
 from daco.sae import LayerSAE
-from daco.sae_files import read_config, read_layer
+from daco.sae_files import read_config, read_labelled, read_layer
 from daco.selection import Selection
 from daco.sites import ModelFacts
 
@@ -56,6 +56,7 @@ class SteeringSAE:
         *,
         revision: str | None = None,
         layers: list[int] | None = None,
+        steering_only: bool = False,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         token: str | bool | None = None,
@@ -68,6 +69,8 @@ class SteeringSAE:
             repo_or_folder: `org/name` on the Hub, or a release folder.
             revision: Tag, branch or commit; None is the newest release.
             layers: Only these layers; None is all.
+            steering_only: Read the labelled atoms alone: megabytes in place of gigabytes. They steer as
+                labelled at the release's eta or a higher one; a TopK does so by its calibrated threshold.
             dtype: dtype of weights, codes and deltas.
             device: Where the weights go; they follow the activations when steering.
             token: As in huggingface_hub.
@@ -79,6 +82,7 @@ class SteeringSAE:
             FormatTooNewError: written by a newer major version of the format.
             FormatError: the release breaks the format.
             IntegrityError: a file is missing, truncated or altered.
+            SteeringOnlyError: `steering_only` of a TopK whose release has no calibrated threshold.
             UnknownLayerError: a layer was asked for that the release does not have.
         """
         snapshot = resolve(
@@ -95,7 +99,13 @@ class SteeringSAE:
             raise UnknownLayerError(
                 f"{snapshot.name}: expected layers among {config['layers']}, got {unknown}"
             )
-        loaded = {layer: read_layer(snapshot, layer, dtype, device) for layer in sorted(wanted)}
+        eta = config["steering"]["eta"]
+        loaded = {
+            layer: read_labelled(snapshot, layer, dtype, device, eta)
+            if steering_only
+            else read_layer(snapshot, layer, dtype, device)
+            for layer in sorted(wanted)
+        }
         _check_widths(loaded, config["base_model"]["hidden_size"])
         return cls(config, loaded, snapshot.name, snapshot.commit)
 

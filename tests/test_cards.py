@@ -29,7 +29,7 @@ from cards import escape
 from cards.facts import is_hub_id, repo_id, scalars, tables_of
 from cards.render import render
 from daco.errors import IntegrityError
-from daco.manifest import canonical_json, file_entry, read_manifest, write_manifest
+from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, read_manifest, write_manifest
 from hub.local.card_rules import check_card
 from hub.publish import publish
 from hub.remote import Target
@@ -152,7 +152,7 @@ def test_numbers_of_a_dataset_are_the_manifest_s(tmp_path: Path) -> None:
         (row,) = rows(body, f"`{path}`")
         assert row[2:] == [escape.size(entry["bytes"]), f"`{entry['sha256'][:12]}`"]
     assert "seeds: run 7." in body
-    assert "`v1.0.0` in format `1.0.0`" in body
+    assert f"`v1.0.0` in format `{FORMAT_VERSION}`" in body
     assert "Made with torch 2.13.0, transformers 5.23.0." in body
     assert rows(body, "Drawn pairs") == [["Drawn pairs", "1", "cc0-1.0", "<https://example.org/drawn>"]]
 

@@ -38,7 +38,7 @@ def dataset_release(tmp_path: Path) -> Path:
 def reseal(folder: Path, name: str) -> None:
     """Make the manifest agree with a file that a test has changed."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] |= file_entry(folder / name)
+    manifest["files"][name] = manifest["files"].get(name, {}) | file_entry(folder / name)
     (folder / "manifest.json").write_text(canonical_json(manifest))
 
 
@@ -89,7 +89,13 @@ def test_writing_twice_gives_the_same_bytes(model_release: Path, tmp_path: Path)
     for folder in ("a", "b"):
         write_layer(tmp_path / folder, sae.layers[1], sae.base_model)
     names = sorted(path.name for path in (tmp_path / "a" / "layers.1").iterdir())
-    assert names == ["atoms.parquet", "cfg.json", "sae_weights.safetensors", "steering.safetensors"]
+    assert names == [
+        "atoms.parquet",
+        "cfg.json",
+        "sae_weights.safetensors",
+        "steering.safetensors",
+        "steering_atoms.parquet",
+    ]
     for name in names:
         assert (tmp_path / "a/layers.1" / name).read_bytes() == (tmp_path / "b/layers.1" / name).read_bytes()
 

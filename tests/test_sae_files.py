@@ -33,7 +33,8 @@ def rewritten(folder: Path, layer: LayerSAE) -> LayerSAE:
 def reseal(folder: Path, layer: int) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     for file in (folder / f"layers.{layer}").iterdir():
-        manifest["files"][f"layers.{layer}/{file.name}"] |= file_entry(file)
+        name = f"layers.{layer}/{file.name}"
+        manifest["files"][name] = manifest["files"].get(name, {}) | file_entry(file)
     (folder / "manifest.json").write_text(canonical_json(manifest))
 
 
@@ -49,26 +50,37 @@ def test_the_jumprelu_form_lets_through_what_is_above_its_threshold():
 def test_a_calibrated_threshold_and_more_columns_are_read_back(tmp_path):
     folder = write_model_release(tmp_path / "model")
     layer = daco.SteeringSAE.from_pretrained(folder).layers[1]
-    assert layer.jumprelu_threshold is None
+    assert (layer.jumprelu_threshold, layer.jumprelu_agreement) == (None, None)
     n = len(layer.atoms)
     more = layer.atoms.assign(
-        undesirable_group="noun.act", cos_undesirable_group=0.25, top_stimuli=[["a", "b"]] * n, mine=1
+        group="noun.act",
+        undesirable_group="noun.act",
+        cos_undesirable_group=0.25,
+        top_stimuli=[["a", "b"]] * n,
+        mine=1,
     )
-    again = rewritten(folder, dataclasses.replace(layer, atoms=more, jumprelu_threshold=2.5))
-    assert again.jumprelu_threshold == 2.5
+    calibrated = dataclasses.replace(layer, atoms=more, jumprelu_threshold=2.5, jumprelu_agreement=0.75)
+    again = rewritten(folder, calibrated)
+    assert (again.jumprelu_threshold, again.jumprelu_agreement) == (2.5, 0.75)
     assert [list(ids) for ids in again.atoms["top_stimuli"]] == [["a", "b"]] * n
     assert set(again.atoms["undesirable_group"]) == {"noun.act"}
     assert "mine" not in again.atoms  # a release has known columns alone
     pd.testing.assert_frame_equal(again.atoms[layer.atoms.columns], layer.atoms)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, "2", True])
-def test_a_threshold_that_is_none_is_refused(tmp_path, value):
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *(("jumprelu_threshold", value, "a number above 0") for value in (0.0, -1.0, "2", True)),
+        *(("jumprelu_agreement", value, "a share from 0 to 1") for value in (1.5, -0.5, "1", True)),
+    ],
+)
+def test_a_threshold_or_agreement_that_is_none_is_refused(tmp_path, name, value, expected):
     folder = write_model_release(tmp_path / "model")
     path = folder / "layers.1" / "cfg.json"
     cfg = json.loads(path.read_text())
-    cfg["metadata"]["jumprelu_threshold"] = value
+    cfg["metadata"][name] = value
     path.write_text(canonical_json(cfg))
     reseal(folder, 1)
-    with pytest.raises(FormatError, match="jumprelu_threshold: expected a number above 0"):
+    with pytest.raises(FormatError, match=f"{name}: expected {expected}"):
         daco.SteeringSAE.from_pretrained(folder)

@@ -117,8 +117,14 @@ class SAESteering:
         return self.gamma > 0 and len(self._desirable[layer]) > 0
 
     def notes(self) -> list[str]:
-        """Layers that stay as they are, and how near the threshold form is to the exact one."""
-        return [*empty_notes(self), *self._form_notes()]
+        """Layers that stay as they are, agreement of the threshold form, and what names were looked up in."""
+        rows_only = any(found.labelled_at is not None for found in self._saes.values())
+        among = ["names were looked up among the labelled atoms alone (steering_only)"]
+        return [
+            *empty_notes(self),
+            *self._form_notes(),
+            *(among if rows_only and self._remove is not None else []),
+        ]
 
     def _code(self, layer: int, centred: Tensor, w: Any) -> Tensor:
         """The code's columns of what is removed, `[n, n_removed]`, from `z - b_dec`."""
