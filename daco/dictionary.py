@@ -88,6 +88,7 @@ class ConceptDictionary:
         model: str | None = None,
         *,
         revision: str | None = None,
+        layers: Sequence[int] | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -98,6 +99,7 @@ class ConceptDictionary:
             repo_or_folder: `org/name` on the Hub, or a release folder.
             model: Short name of the model, as in `directions_<model>`; may be left out when there is one.
             revision: Tag, branch or commit; None is the newest release.
+            layers: Only these layers; None is all.
             token: As in huggingface_hub.
             cache_dir: As in huggingface_hub.
             local_files_only: Use the cache alone.
@@ -107,6 +109,7 @@ class ConceptDictionary:
             FormatTooNewError: written by a newer major version of the format.
             FormatError: the release breaks the format, or has no directions of that model.
             IntegrityError: a file is missing, truncated or altered.
+            UnknownLayerError: a layer was asked for that the release does not have.
         """
         snapshot = resolve(
             repo_or_folder,
@@ -116,7 +119,7 @@ class ConceptDictionary:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return cls(**read_dictionary(snapshot, model))
+        return cls(**read_dictionary(snapshot, model, layers))
 
     def save_pretrained(
         self, folder: str | Path, *, name: str = "dictionary", model: str = "model", version: str = "1.0.0"
@@ -195,10 +198,7 @@ class ConceptDictionary:
         Raises:
             ValueError: there is no word in the text.
         """
-        found = text_search.scores(self.concepts, text)
-        order = np.argsort(-found, kind="stable")[:n]
-        order = order[found[order] > 0]
-        return self.concepts.iloc[order].assign(score=found[order])
+        return text_search.best(self.concepts, text, n)
 
     def nearest(self, vector: Tensor, layer: int, n: int = 5) -> pd.DataFrame:
         """The concepts whose directions have the largest cosine with a vector, or with each of several.

@@ -4,17 +4,18 @@ Reads and writes `data/{concepts,directions_<model>,baseline_<model>}/*.parquet`
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from daco.errors import ArtefactNotFoundError, FormatError
+from daco.errors import ArtefactNotFoundError, FormatError, UnknownLayerError
 from daco.load import Snapshot
 from daco.manifest import FORMAT_VERSION, file_entry, write_manifest
 from daco.sites import ModelFacts
@@ -31,26 +32,36 @@ def baseline_schema(d_model: int) -> pa.Schema:
     )
 
 
-def read_dictionary(snapshot: Snapshot, model: str | None) -> dict[str, Any]:
+def read_concepts(snapshot: Snapshot) -> pd.DataFrame:
+    """The concepts of a dataset release alone: one row a concept, columns of `daco.tables.CONCEPTS`."""
+    return _read(snapshot, "concepts", "train", CONCEPTS).to_pandas()
+
+
+def read_dictionary(snapshot: Snapshot, model: str | None, layers: Collection[int] | None) -> dict[str, Any]:
     """Arguments of `ConceptDictionary`, from a dataset release; see its `from_pretrained`."""
     name = _choose(snapshot, model)
     facts = snapshot.manifest["models"][name]
     model_facts = ModelFacts(**{key: facts[key] for key in ModelFacts.__dataclass_fields__})
-    concepts = _read(snapshot, "concepts", "train", CONCEPTS)
-    ids = concepts.column("concept_id").to_pylist()
-    vectors = {
-        layer: _vectors(snapshot, name, layer, ids, model_facts.hidden_size) for layer in facts["layers"]
-    }
+    concepts = read_concepts(snapshot)
+    ids, width = concepts["concept_id"].tolist(), model_facts.hidden_size
+    wanted = _chosen(facts["layers"], layers, snapshot.name)
+    baseline = _baseline(snapshot, name, width)
     return {
-        "concepts": concepts.to_pandas(),
-        "vectors": vectors,
+        "concepts": concepts,
+        "vectors": {layer: _vectors(snapshot, name, layer, ids, width) for layer in wanted},
         "model": model_facts,
-        "R": {int(layer): float(value) for layer, value in facts["R"].items()},
-        "baseline": _baseline(snapshot, name, model_facts.hidden_size),
+        "R": {layer: float(facts["R"][str(layer)]) for layer in wanted},
+        "baseline": {layer: row for layer, row in baseline.items() if layer in wanted},
         "reading": _reading(snapshot.manifest),
         "sources": [_source(snapshot)],
         "licences": list(snapshot.manifest["sources"]),
     }
+
+
+def _chosen(known: list[int], layers: Collection[int] | None, where: str) -> list[int]:
+    if unknown := sorted(set(layers or ()) - set(known)):
+        raise UnknownLayerError(f"{where}: expected layers among {known}, got {unknown}")
+    return known if layers is None else sorted(set(layers))
 
 
 def _source(snapshot: Snapshot) -> dict[str, str]:

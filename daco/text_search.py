@@ -38,6 +38,14 @@ def scores(concepts: pd.DataFrame, text: str) -> np.ndarray:
     return np.array([_score(matcher, wanted, text, *map(str, row)) for row in rows])
 
 
+def best(concepts: pd.DataFrame, text: str, n: int) -> pd.DataFrame:
+    """Rows of the concepts that answer a text at all, at most `n`, best first, with a column `score`."""
+    found = scores(concepts, text)
+    order = np.argsort(-found, kind="stable")[:n]
+    order = order[found[order] > 0]
+    return concepts.iloc[order].assign(score=found[order])
+
+
 def _score(
     matcher: "difflib.SequenceMatcher[str]",
     wanted: str,

@@ -348,3 +348,11 @@ def test_a_saved_dictionary_opens_again(dictionary: ConceptDictionary, tmp_path:
 def test_a_release_without_a_mean_of_negatives_loads(dictionary: ConceptDictionary) -> None:
     assert dictionary.baseline == {}
     assert dictionary.sources == [{"name": "DACO-tiny", "version": "1.0.0"}]
+
+
+def test_only_the_layers_asked_for_are_read(tmp_path: Path) -> None:
+    folder = write_dataset_release(tmp_path)
+    found = ConceptDictionary.from_pretrained(folder, layers=[2])
+    assert (found.layers, list(found.R)) == ([2], [2])
+    with pytest.raises(UnknownLayerError, match=r"expected layers among \[1, 2\], got \[7\]"):
+        ConceptDictionary.from_pretrained(folder, layers=[2, 7])

@@ -1,0 +1,7 @@
+"""`python -m daco`: the command line `daco`."""
+
+import sys
+
+from daco.cli import main
+
+sys.exit(main())
