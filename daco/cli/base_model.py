@@ -21,7 +21,8 @@ def quiet() -> None:
 
     logging: Any = transformers.utils.logging  # not typed
     logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    hub: Any = huggingface_hub.utils.logging
+    hub.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         disable_progress_bars()
