@@ -113,9 +113,13 @@ def open_stage(stage: Stage, recipe: Recipe, out: Path) -> Work | None:
         work.upstream(needed)
     seals = {needed: seal_sha256(out, needed) for needed in stage.upstream}
     wanted = fingerprint(stage.name, _sections(stage, recipe), seals)
-    check = getattr(importlib.import_module(f"builders.{stage.module}"), "check", None)
-    if check and not work.made_from(wanted):
-        check(recipe)  # what would fail at once must not discard an earlier run's stage first
+    module = importlib.import_module(f"builders.{stage.module}")
+    if not work.made_from(wanted):  # what would fail at once must not discard an earlier run's stage first
+        for needed in stage.upstream:
+            check_sizes(out, needed)
+        for name, given in (("check", recipe), ("check_upstream", work)):
+            if check := getattr(module, name, None):
+                check(given)
     if not work.open(wanted):
         return None
     for needed in stage.upstream:

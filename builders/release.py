@@ -291,6 +291,7 @@ def write_model(work: Work, folder: Path, dataset: Mapping[str, Any]) -> None:
         dataset: Manifest of the dataset release, which the SAEs were started from.
     """
     dictionary = load_dictionary(work.upstream("polarity"), work.upstream("directions"))
+    evaluation = json.loads((work.upstream("evaluate") / "evaluation.json").read_text("utf-8"))
     training = {}
     for layer in work.progress(dictionary.layers, unit="layer"):
         source = work.upstream("sae") / layer_folder(layer)
@@ -301,9 +302,10 @@ def write_model(work: Work, folder: Path, dataset: Mapping[str, Any]) -> None:
             form = {"jumprelu_threshold": facts["threshold"], "jumprelu_agreement": facts["agreement"]}
             sae = dataclasses.replace(sae, **form)
         write_layer(folder, sae, dictionary.model)
-    write_config(folder, _config(work.recipe, dictionary, dataset, training))
-    evaluation = (work.upstream("evaluate") / "evaluation.json").read_bytes()
-    write_atomic(folder / "evaluation.json", evaluation)
+    config = _config(work.recipe, dictionary, dataset, training)
+    config["training"] |= _measured(evaluation.get("sae", {}))
+    write_config(folder, config)
+    write_atomic(folder / "evaluation.json", canonical_json(evaluation))
     write_manifest(folder, _manifest(work, folder, "model", repo_name(work.recipe, "model"), {}))
 
 
@@ -341,6 +343,15 @@ def _config(
             "scope": recipe.evaluate.scope,
         },
     }
+
+
+def _measured(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """How well the SAE of each layer reconstructs, and how much of the model's cross-entropy it recovers."""
+    found = {
+        name: {layer: row[name] for layer, row in figures.items() if row.get(name) is not None}
+        for name in ("fve", "ce_recovered")
+    }
+    return {name: by_layer for name, by_layer in found.items() if by_layer}
 
 
 WORDNET = {

@@ -61,6 +61,23 @@ def mean_and_scale(tokens: Tokens, block: int = 16_384) -> tuple[Tensor, float]:
     return mean, scale
 
 
+def check_width(directions: Tensor, d_model: int) -> None:
+    """Raise ModelMismatchError unless directions [n_concepts, d] are as wide as the activations."""
+    if directions.shape[1] != d_model:
+        raise ModelMismatchError(
+            f"expected directions of width {d_model}, got {directions.shape[1]}; build them with this model"
+        )
+
+
+def check_atoms(n_atoms: int, n_concepts: int) -> None:
+    """Raise RecipeError where the decoder has no row for every concept that it is to start as."""
+    if n_concepts > n_atoms:
+        raise RecipeError(
+            f"sae.n_atoms: expected at least one atom a concept ({n_concepts}), got {n_atoms}; "
+            "raise n_atoms or use start = 'random'"
+        )
+
+
 def unit_rows(directions: Tensor, d_model: int) -> Tensor:
     """Directions divided by their norms, [n_concepts, d_model] float32.
 
@@ -68,10 +85,7 @@ def unit_rows(directions: Tensor, d_model: int) -> Tensor:
         ModelMismatchError: directions of another width.
         ActivationError: a direction is zero or not finite.
     """
-    if directions.shape[1] != d_model:
-        raise ModelMismatchError(
-            f"expected directions of width {d_model}, got {directions.shape[1]}; build them with this model"
-        )
+    check_width(directions, d_model)
     norms = directions.double().norm(dim=1, keepdim=True)
     bad = (~torch.isfinite(norms) | (norms == 0)).flatten().nonzero().flatten().tolist()
     if bad:
@@ -98,11 +112,7 @@ def start_weights(mean: Tensor, n_atoms: int, directions: Tensor | None, rng: np
     """
     d_model = len(mean)
     rows = torch.empty(0, d_model) if directions is None else unit_rows(directions, d_model)
-    if len(rows) > n_atoms:
-        raise RecipeError(
-            f"sae.n_atoms: expected at least one atom a concept ({len(rows)}), got {n_atoms}; "
-            "raise n_atoms or use start = 'random'"
-        )
+    check_atoms(n_atoms, len(rows))
     random = torch.from_numpy(rng.standard_normal((n_atoms - len(rows), d_model), dtype=np.float32))
     W_dec = torch.cat([rows, F.normalize(random, dim=1)])
     W_enc = W_dec.T.contiguous()

@@ -27,11 +27,11 @@ from torch import Tensor
 from builders.recipe import SaeConfig, check_k, load_recipe
 from builders.sae_batches import batch_index, batches, is_first
 from builders.sae_metrics import Agreement, Drift, Measured, agreement, calibrated_threshold, drift, measure
-from builders.sae_start import Tokens, started, unit_rows
+from builders.sae_start import Tokens, check_atoms, check_width, started, unit_rows
 from builders.sae_training import Training
 from builders.stages import Work, writing
 from builders.tokens import TokenShards, read_facts
-from daco.errors import RecipeError
+from daco.errors import ActivationError, RecipeError
 from daco.manifest import canonical_json, write_atomic
 from daco.sae import SAE
 from daco.tables import table_of, write_table
@@ -157,6 +157,27 @@ def load_sae(folder: Path) -> SAE:
     facts = json.loads((folder / "facts.json").read_text("utf-8"))
     weights = load_file(folder / "sae_weights.safetensors")
     return SAE(**weights, activation=facts["activation"], k=facts["k"]).requires_grad_(False)
+
+
+def check_upstream(work: Work) -> None:
+    """What would fail at once, before an earlier run's SAEs and checkpoints are discarded for it.
+
+    Raises:
+        RecipeError: k or the number of atoms is out of range.
+        ModelMismatchError: the dictionary is of another width than the activations.
+        ActivationError: there are no tokens to train on, or none to measure on.
+    """
+    config = work.recipe.sae
+    shards = sorted((work.upstream("activations") / "shards").iterdir())
+    train, held_out = token_split(shards, 0, config.holdout)
+    for side, tokens, way in (("training", train, "lower"), ("held-out", held_out, "raise")):
+        if not len(tokens):
+            raise ActivationError(f"expected {side} tokens, got none; {way} sae.holdout or add stimuli")
+    for raw in load_file(work.upstream("directions") / "directions.safetensors").values():
+        check_width(raw, train.d_model)
+        n_atoms = config.n_atoms or default_atoms(len(raw))
+        check_k(config, n_atoms)
+        check_atoms(n_atoms, len(raw) if config.start == "dictionary" else 0)
 
 
 def run(work: Work) -> None:

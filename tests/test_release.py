@@ -35,7 +35,11 @@ from daco.errors import IntegrityError
 from daco.manifest import check_files, read_manifest
 from daco.tables import CONCEPTS, LINKS, STIMULI
 
-EVALUATION = {"sae": {"1": {"fve": 0.5, "n": 12}}, "steering": {}, "suites": {}}
+EVALUATION = {
+    "sae": {"1": {"fve": 0.5, "n": 12, "ce_recovered": 0.9}, "2": {"ce_recovered": 0.8}},
+    "steering": {},
+    "suites": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +205,8 @@ def test_model_loads_with_daco_and_holds_the_trained_weights(upstream):
         assert list(found.layers[layer].labels()) == table["polarity"].to_pylist()
     assert found.defaults == {"eta": 0.3, "gamma": 0.5, "scope": "all"}
     assert found.config["training"]["start"] == "dictionary"
+    assert found.config["training"]["fve"] == {"1": 0.5}
+    assert found.config["training"]["ce_recovered"] == {"1": 0.9, "2": 0.8}
     assert json.loads((folder / "evaluation.json").read_text()) == EVALUATION
 
 

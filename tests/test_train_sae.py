@@ -24,7 +24,7 @@ from small_run import (
     write_directions,
 )
 
-from builders import sae_training
+from builders import pipeline, sae_training
 from builders import train_sae as stage
 from builders.sae_batches import batch_index
 from builders.sae_losses import code_of
@@ -203,6 +203,28 @@ def test_atoms_default_to_concepts_rounded_up(upstream):
 def test_bad_recipes_are_refused(upstream, changes, error, says):
     with pytest.raises(error, match=says):
         trained(upstream, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"n_atoms": 0, "k": 17}, RecipeError, "expected 1 to n_atoms = 16, got 17"),
+        ({"n_atoms": N_CONCEPTS - 1}, RecipeError, r"at least one atom a concept \(11\), got 10"),
+        ({"holdout": 1.0}, ActivationError, "expected training tokens, got none; lower sae.holdout"),
+        ({"holdout": 0.0}, ActivationError, "expected held-out tokens, got none; raise sae.holdout"),
+        ({}, ModelMismatchError, "expected directions of width 32, got 31"),
+    ],
+)
+def test_what_cannot_be_trained_does_not_discard_what_was(upstream, changes, error, says):
+    assert pipeline.run(recipe(), upstream, only="sae") == ["sae"]
+    before = digests(upstream / "sae")
+    if not changes:
+        narrow = {f"layer_{layer}": torch.ones(11, 31) for layer in LAYERS}
+        save_file(narrow, upstream / "directions" / "directions.safetensors")
+        (upstream / "directions" / "done.json").write_text('{"files": {}, "counts": {}}')
+    with pytest.raises(error, match=says):
+        pipeline.run(recipe(**changes), upstream, only="sae")
+    assert digests(upstream / "sae") == before
 
 
 def test_dictionary_of_another_width_is_refused(upstream):
