@@ -25,7 +25,7 @@ class Prompt(NamedTuple):
     """A prompt to be read with its answer, or to be answered first."""
 
     prompt_id: str
-    """First 16 hex digits of sha256(source, NUL, prompt, NUL, answer, NUL, image)."""
+    """Two ids joined by `-`: of the prompt with its image, and of the source with the answer."""
     prompt: str
     """Text of the user's turn."""
     answer: str | None
@@ -106,8 +106,8 @@ def _prompt_of(row: dict[str, Any], source: str, root: Path) -> Prompt | str:
     image = _image(name, root) if name else None
     if isinstance(image, str):
         return image
-    key = "\0".join([texts["prompt"], texts.get("answer", ""), name])
-    return Prompt(stimulus_id(source, key), texts["prompt"], texts.get("answer"), image)
+    prompt_id = f"{stimulus_id(texts['prompt'], name)}-{stimulus_id(source, texts.get('answer', ''))}"
+    return Prompt(prompt_id, texts["prompt"], texts.get("answer"), image)
 
 
 def _text(value: object) -> str:

@@ -30,8 +30,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def held_out(stimulus_id: str, share: float) -> bool:
-    """Whether the tokens of a stimulus are kept out of SAE training; a function of its id alone."""
-    digest = hashlib.sha256(f"sae holdout\0{stimulus_id}".encode()).digest()
+    """Whether the tokens of a stimulus are kept out of SAE training; a function of its id alone.
+
+    Of a prompt's id only the part before its `-` counts: no prompt is on both sides, whatever its answers.
+    """
+    digest = hashlib.sha256(f"sae holdout\0{stimulus_id.partition('-')[0]}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 

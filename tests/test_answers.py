@@ -19,7 +19,7 @@ from builders.forward import special_ids
 from builders.mllm import chat_inputs
 from builders.prompts import read_prompts
 from builders.tiny import tiny_mllm
-from builders.tokens import MODALITIES
+from builders.tokens import MODALITIES, held_out
 from daco.errors import ActivationError, CorpusError, DiskError, RecipeError
 from daco.sites import image_token_ids
 
@@ -238,6 +238,16 @@ def test_every_kind_of_table_gives_the_same_prompts(tmp_path, suffix):
     assert [(p.prompt, p.answer, p.image) for p in prompts] == [(*r.values(), None) for r in rows]
     assert not skipped
     assert [p.answer for p in read_prompts(path, "generated")[0]] == [None] * 3
+
+
+def test_a_prompt_is_held_out_with_all_its_answers(tmp_path):
+    rows = [{"prompt": f"question {i}", "answer": f"answer {j}"} for i in range(40) for j in range(3)]
+    path = write_table(tmp_path / "table", rows)
+    both = [*read_prompts(path, "answers")[0], *read_prompts(path, "generated")[0]]
+    assert len(both) == len({p.prompt_id for p in both}) == 120 + 40
+    sides = {p.prompt: {held_out(q.prompt_id, 0.5) for q in both if q.prompt == p.prompt} for p in both}
+    assert all(len(side) == 1 for side in sides.values())
+    assert 8 < sum(side == {True} for side in sides.values()) < 32
 
 
 def test_rows_that_cannot_be_used_are_counted_by_reason(upstream, tmp_path):
