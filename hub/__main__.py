@@ -1,4 +1,4 @@
-"""Command line of publishing: `python -m hub serve | stage | plan | publish | verify`.
+"""Command line of publishing: `python -m hub serve | stage | changes | plan | publish | verify`.
 
 Reads release folders, and the Hub's address and token from huggingface_hub's own settings (`HF_ENDPOINT`,
 `HF_TOKEN`, `hf auth login`); a token is never an argument and never printed.
@@ -16,6 +16,8 @@ from cards.facts import is_hub_id, repo_id
 from daco.errors import DacoError, RecipeError
 from daco.manifest import MANIFEST, read_manifest
 from hub import publish as publishing
+from hub.changes import changes as find_changes
+from hub.changes import write_changelog
 from hub.local.server import serve as serve_hub
 from hub.remote import Target
 from hub.stage import stage as stage_folder
@@ -29,6 +31,10 @@ Folder = Annotated[
 ]
 Repo = Annotated[str | None, typer.Option(help="org/name; the manifest's when left out.")]
 Endpoint = Annotated[str | None, typer.Option(help="Address of the Hub; HF_ENDPOINT's when left out.")]
+Since = Annotated[
+    str | None,
+    typer.Option(help="Older release (its folder, or org/name@vX.Y.Z): write CHANGELOG.md of the changes."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,10 +52,23 @@ def serve(
 
 
 @app.command()
-def stage(folder: Folder) -> None:
-    """Render the card of a release folder and list it in the manifest."""
+def stage(folder: Folder, since: Since = None) -> None:
+    """Render the card of a release folder and list it in the manifest; with --since its changelog too."""
+    if since is not None:
+        print(write_changelog(folder, since))
     stage_folder(folder)
     print(folder / "README.md")
+
+
+@app.command()
+def changes(
+    folder: Folder,
+    since: Annotated[str, typer.Option(help="Older release: its folder, or org/name@vX.Y.Z.")],
+    as_json: Json = False,
+) -> None:
+    """Show what changed since an older release, and how large a step in version that asks for."""
+    found = find_changes(since, folder)
+    print(_json(found.to_json()) if as_json else found)
 
 
 @app.command()

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from cards.facts import CARD
 from daco.errors import DacoError
 from daco.manifest import MANIFEST, check_file, read_manifest, release_files
+from hub.changes import too_low
 from hub.local.card_rules import card_data, check_card
 from hub.plan import Refusal
 
@@ -59,7 +60,7 @@ def check_release(folder: Path) -> list[Refusal]:
     found = [*_files(folder, manifest), *_formats(folder)]
     if found:
         return found
-    found = [*_licences(manifest), *_images(folder, manifest), *_card(folder, manifest)]
+    found = [*_version(manifest), *_licences(manifest), *_images(folder, manifest), *_card(folder, manifest)]
     found += _secrets(folder, manifest)
     return found or list((_configs if manifest["kind"] == "dataset" else _saes)(folder, manifest))
 
@@ -87,6 +88,21 @@ def _formats(folder: Path) -> Iterator[Refusal]:
             yield Refusal(
                 "this format can run code when it is opened", name, "use safetensors, parquet or JSON"
             )
+
+
+def _version(manifest: Mapping[str, Any]) -> Iterator[Refusal]:
+    """The version must be as much higher as the changelog's changes are large."""
+    if not (found := manifest["facts"].get("changes")):
+        return
+    try:
+        problem = too_low(manifest["version"], found["since"], found["level"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        problem = (
+            f"facts.changes: expected since and level, got {found!r}; stage the release again with --since"
+        )
+    if problem:
+        what, _, fix = problem.partition("; ")
+        yield Refusal(what, "version", fix)
 
 
 def _licences(manifest: Mapping[str, Any]) -> Iterator[Refusal]:

@@ -153,6 +153,7 @@ def make_plan(
     files: Mapping[str, File],
     remote: Remote,
     refusals: Sequence[Refusal] = (),
+    since: str = "",
 ) -> Plan:
     """Compare a release with its repo.
 
@@ -163,14 +164,18 @@ def make_plan(
         files: Every file of the release, the manifest too.
         remote: What the repo holds.
         refusals: Those already found offline.
+        since: Version that the release's changelog compares it with; empty where it has none.
     """
     tag = f"v{version}"
     tagged = remote.tag_files is not None and not _changes(files, remote.tag_files)
     found = list(refusals)
     if remote.tag_files is not None and not tagged:
         found.append(_tag_moved(tag, remote.tags.get(tag, "")))
-    elif remote.tag_files is None and (newest := _newest(remote.tags)) and newest > _numbers(version):
-        found.append(_too_old(tag, newest))
+    elif remote.tag_files is None and (newest := _newest(remote.tags)):
+        if newest > _numbers(version):
+            found.append(_too_old(tag, newest))
+        elif newest != _numbers(since):
+            found.append(_untold(repo_id, newest, since))
     operations = _operations(files, remote.tag_files if tagged and remote.tag_files else remote.files)
     return Plan(repo_id, repo_type, tag, remote.head, operations, tagged, tuple(found))
 
@@ -202,6 +207,16 @@ def _tag_moved(tag: str, commit: str) -> Refusal:
         f"expected no tag {tag}, or one on this very content, got it on other content at {commit[:12]}",
         tag,
         "tags never move: build the release again with a higher release.version",
+    )
+
+
+def _untold(repo_id: str, newest: tuple[int, ...], since: str) -> Refusal:
+    before = f"v{'.'.join(map(str, newest))}"
+    got = f"one since v{since}" if since else "none"
+    return Refusal(
+        f"expected a changelog since {before}, the newest tag, got {got}",
+        "CHANGELOG.md",
+        f"run `python -m hub stage FOLDER --since {repo_id}@{before}`, or name that release's folder",
     )
 
 

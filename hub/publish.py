@@ -61,6 +61,8 @@ class Release:
     version: str
     files: Mapping[str, File]
     """Path -> file, the manifest among them."""
+    since: str = ""
+    """Version its changelog compares it with; empty where it has none."""
 
     @classmethod
     def of(cls, folder: Path) -> "Release":
@@ -68,7 +70,8 @@ class Release:
         manifest, path = read_manifest(folder), folder / MANIFEST
         files = {name: File(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         files[MANIFEST] = File(path.stat().st_size, sha256_file(path))
-        return cls(folder, manifest["version"], files)
+        since = str(manifest["facts"].get("changes", {}).get("since", ""))
+        return cls(folder, manifest["version"], files, since)
 
     @property
     def tag(self) -> str:
@@ -78,7 +81,9 @@ class Release:
     def plan(self, target: Target, remote: Remote, refusals: list[Refusal] | None = None) -> Plan:
         """Compare it with what the repo holds."""
         files = {name: self._with_oid(name, remote) for name in self.files}
-        return make_plan(target.repo_id, target.repo_type, self.version, files, remote, refusals or ())
+        return make_plan(
+            target.repo_id, target.repo_type, self.version, files, remote, refusals or (), self.since
+        )
 
     def _with_oid(self, name: str, remote: Remote) -> File:
         """The file with git's id where the repo has a regular file of that size, which has no other hash."""

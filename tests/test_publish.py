@@ -80,8 +80,11 @@ def state(hub: LocalHub, repo: str = MODEL) -> dict[str, Any]:
     }
 
 
-def next_version(release: Path, version: str, **changes: bytes | None) -> Path:
-    """A copy of a release under another version; a file is changed, or deleted where its content is None."""
+def next_version(release: Path, version: str, since: str = "", **changes: bytes | None) -> Path:
+    """A copy of a release under another version; a file is changed, or deleted where its content is None.
+
+    `since` is the version that its changelog says it was compared with.
+    """
     folder = release.with_name(f"release-{version}")
     shutil.copytree(release, folder)
     manifest = read_manifest(folder) | {"version": version}
@@ -92,6 +95,8 @@ def next_version(release: Path, version: str, **changes: bytes | None) -> Path:
         else:
             (folder / name).write_bytes(content)
             manifest["files"][name] = file_entry(folder / name)
+    if since:
+        manifest["facts"] |= {"changes": {"since": since, "level": "minor"}}
     write_manifest(folder, manifest)
     return folder
 
@@ -177,7 +182,9 @@ assert all((a == b).all() for a, b in zip(read(), expected, strict=True))
 def test_a_new_version_is_one_more_commit_and_a_new_tag(local_hub: LocalHub, release: Path) -> None:  # noqa: F811
     old = publish(release, target(local_hub))
     before = state(local_hub)
-    newer = next_version(release, "1.1.0", **{"evaluation.json": b'{"a": {"b": 1}}\n', "notes/old.txt": None})
+    newer = next_version(
+        release, "1.1.0", "1.0.0", **{"evaluation.json": b'{"a": {"b": 1}}\n', "notes/old.txt": None}
+    )
     stage(newer)
     planned = plan(newer, target(local_hub)).to_json()
     assert {row["path"] for row in planned["add"]} == {"README.md", "evaluation.json", "manifest.json"}
@@ -196,7 +203,7 @@ def test_a_new_version_is_one_more_commit_and_a_new_tag(local_hub: LocalHub, rel
 
 def test_tags_never_move(local_hub: LocalHub, release: Path) -> None:  # noqa: F811
     publish(next_version(release, "1.1.0"), target(local_hub))
-    publish(other := next_version(release, "1.2.0"), target(local_hub))
+    publish(other := next_version(release, "1.2.0", "1.1.0"), target(local_hub))
     before = state(local_hub)
     shutil.rmtree(other)
     other = next_version(release, "1.2.0", **{"notes/old.txt": b"other\n"})
@@ -232,8 +239,9 @@ def test_a_plan_is_made_of_facts_alone() -> None:
     there = {"a": RemoteFile(1, "c" * 40, None), "b": RemoteFile(2, "0" * 40, "3" * 64)}
     there |= {name: RemoteFile(3, "0" * 40, None) for name in ("old", ".gitattributes")}
     remote = Remote("e" * 40, there, {"v0.9.0": "d" * 40, "odd": "d" * 40, "v2": "d" * 40})
-    made = make_plan("org/x", "model", "1.0.0", files, remote)
-    assert made == make_plan("org/x", "model", "1.0.0", dict(reversed(files.items())), remote)
+    made = make_plan("org/x", "model", "1.0.0", files, remote, since="0.9.0")
+    again = make_plan("org/x", "model", "1.0.0", dict(reversed(files.items())), remote, since="0.9.0")
+    assert made == again
     assert [type(op).__name__ + op.path for op in made.operations] == ["Unchangeda", "Addb", "Deleteold"]
     assert (made.bytes_to_send, made.refusals, made.done) == (2, (), False)
     assert "add      b  2 B" in str(made)
