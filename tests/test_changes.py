@@ -12,7 +12,7 @@ from hub_fixture import LocalHub, local_hub  # noqa: F401
 from release_fixture import MODEL_NAME, WORDS, write_dataset_release, write_model_release
 from test_publish import DATASET, target
 
-from daco.errors import RecipeError
+from daco.errors import RecipeError, RefusedError
 from daco.manifest import canonical_json, file_entry, read_manifest, write_manifest
 from daco.tables import write_table
 from hub.changes import CHANGELOG, changes, next_version, too_low, write_changelog
@@ -185,6 +185,8 @@ def test_publishing_asks_for_the_changelog_and_checks_the_version(
     (refusal,) = plan(newer, target(local_hub, DATASET)).refusals
     assert "expected a changelog since v1.0.0, the newest tag, got none" in str(refusal)
     assert f"--since {DATASET}@v1.0.0" in str(refusal)
+    with pytest.raises(RefusedError, match="expected a changelog"):
+        publish(newer, target(local_hub, DATASET))
     write_changelog(newer, older)
     assert "[CHANGELOG.md](CHANGELOG.md)" not in (newer / "README.md").read_text()
     publish(newer, target(local_hub, DATASET))
