@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from daco.errors import UnsupportedModelError
 from daco.sites import find_trunk, site
 
 
@@ -52,7 +53,9 @@ class Capture:
 def capture(model: nn.Module, layers: Sequence[int], stop: bool = False) -> Generator[Capture, None, None]:
     """Read the output of some decoder blocks of the text trunk inside a `with` block.
 
-    Hooks fire in the order they were set: inside `steer` this reads the steered stream.
+    Hooks fire in the order they were set: inside `steer` this reads the steered stream. What is read is what
+    a block returns: models with DeepStack (Qwen3-VL) add image features behind their first blocks, which the
+    next block receives and this does not hold.
 
     Args:
         model: A transformers model, multimodal or text only.
@@ -89,8 +92,18 @@ def capture(model: nn.Module, layers: Sequence[int], stop: bool = False) -> Gene
 
 
 def block_output(output: Any) -> Tensor:
-    """The residual stream of a block's output: a Tensor in transformers 5, first of a tuple before."""
+    """The residual stream of a block's output: a Tensor in transformers 5, first of a tuple before.
+
+    Raises:
+        TypeError: there is no Tensor.
+        UnsupportedModelError: it is not one stream `[batch, tokens, d_model]`.
+    """
     found = output[0] if isinstance(output, tuple) else output
     if not isinstance(found, Tensor):
         raise TypeError(f"expected a block to return a Tensor or a tuple of it, got {type(found).__name__}")
+    if found.ndim != 3:
+        raise UnsupportedModelError(
+            f"expected a block to return one stream [batch, tokens, width], got {list(found.shape)}; "
+            "models with several residual streams cannot be read or steered"
+        )
     return found

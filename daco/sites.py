@@ -15,6 +15,8 @@ _CACHED = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<co
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _INNER = ("language_model", "model", "decoder", "transformer")
 _BLOCKS = ("layers", "h", "blocks")
+_STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
+"""Config names of how many residual streams run side by side (Gemma 3n's AltUp, hyper-connections)."""
 
 
 class Trunk(NamedTuple):
@@ -129,7 +131,7 @@ def find_trunk(model: nn.Module) -> Trunk:
 
     Raises:
         UnsupportedModelError: no decoder has blocks of the config's number and width, or it is the decoder of
-            an encoder-decoder, whose prompt stands elsewhere.
+            an encoder-decoder, whose prompt stands elsewhere, or there are several residual streams.
     """
     base = transformers_model(model)
     if getattr(base.config, "is_encoder_decoder", False):
@@ -138,6 +140,12 @@ def find_trunk(model: nn.Module) -> Trunk:
             "encoder-decoder; use a decoder-only model"
         )
     config = base.config.get_text_config(decoder=True)
+    streams = max(getattr(config, name, 1) or 1 for name in _STREAMS)
+    if streams > 1:
+        raise UnsupportedModelError(
+            f"{type(base).__name__}: expected a text trunk of one residual stream, got {streams} side by "
+            "side, where a direction has no one place; use another model"
+        )
     n_layers, width = getattr(config, "num_hidden_layers", -1), getattr(config, "hidden_size", -1)
     decoder = _decoder(base)
     seen = []

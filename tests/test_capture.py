@@ -8,7 +8,7 @@ from conftest import inputs_of
 from torch import nn
 
 from daco.capture import block_output, capture
-from daco.errors import UnknownLayerError
+from daco.errors import UnknownLayerError, UnsupportedModelError
 
 KINDS = ("llava", "qwen2_5_vl", "internvl")
 
@@ -104,3 +104,5 @@ def test_blocks_may_return_a_tensor_or_a_tuple() -> None:
     assert block_output((z, None)) is z
     with pytest.raises(TypeError, match="expected a block to return a Tensor"):
         block_output({"z": z})
+    with pytest.raises(UnsupportedModelError, match=r"expected a block to return one .*got \[4, 2, 3, 5\]"):
+        block_output(torch.ones(4, 2, 3, 5))

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny
 from torch import nn
 
@@ -104,6 +105,18 @@ def test_what_has_no_trunk_is_refused(tiny_llava: Any) -> None:
     model, _ = tiny("llava")
     model.config.text_config.num_hidden_layers = 5
     with pytest.raises(UnsupportedModelError, match=r"of 5 blocks of width 32 .*got 4 blocks of width 32"):
+        find_trunk(model)
+
+
+@pytest.mark.parametrize("config", ["Gemma3nTextConfig", "DeepseekV4Config", "HYV4Config", "Glm5NextConfig"])
+def test_several_residual_streams_are_refused(config: str) -> None:
+    import transformers
+
+    found = getattr(transformers, config)()
+    auto = transformers.AutoModelForImageTextToText if "Next" in config else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(found)
+    with pytest.raises(UnsupportedModelError, match="expected a text trunk of one residual stream, got 4"):
         find_trunk(model)
 
 
