@@ -94,8 +94,13 @@ def _layer_lines(layer: LayerReport, shown: int = 5) -> list[str]:
     return lines
 
 
+HELD = 64
+"""Positions that a tally keeps before it counts them all at once: one by one, counting costs more than
+steering."""
+
+
 class Tally:
-    """Counts of one layer, on its device: adding never waits for it and takes no room as a run grows."""
+    """Counts of one layer, on its device: adding never waits for it, and room does not grow with a run."""
 
     @torch.inference_mode(False)  # else later forwards outside inference mode could not add to it
     def __init__(self, n_atoms: int, device: torch.device) -> None:
@@ -103,8 +108,9 @@ class Tally:
         self.fired = torch.zeros(n_atoms, dtype=torch.int64, device=device)
         self.strength = torch.zeros(n_atoms, dtype=torch.float64, device=device)
         self.change = torch.zeros(2, dtype=torch.float64, device=device)
+        self._held: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        self._n_held = 0
 
-    @torch.no_grad()
     def add(self, z: Tensor, delta: Tensor, strengths: Tensor, weight: Tensor | None) -> None:
         """Add positions.
 
@@ -114,15 +120,27 @@ class Tally:
             strengths: Coefficients of the labelled atoms, `[n, n_atoms]`.
             weight: `[n]`, whether a position counts; None: all do.
         """
+        self._held.append((z.detach(), delta.detach(), strengths.detach(), weight))
+        self._n_held += len(z)
+        if self._n_held >= HELD:
+            self.count()
+
+    @torch.no_grad()
+    def count(self) -> None:
+        """Count what is held."""
+        held, self._held, self._n_held = self._held, [], 0
+        if not held:
+            return
+        z, delta, strengths = (torch.cat([parts[i] for parts in held]) for i in range(3))  # type: ignore[misc]
+        every = torch.ones(len(z), dtype=torch.bool, device=z.device)
+        weight = torch.cat([every[: len(part)] if w is None else w for part, _, _, w in held])
         relative = delta.norm(dim=-1).double() / z.norm(dim=-1).double().clamp_min(1e-12)
-        if weight is not None:
-            relative = torch.where(weight, relative, 0)
-            strengths = torch.where(weight[:, None], strengths, 0)
+        relative = torch.where(weight, relative, 0)
+        strengths = torch.where(weight[:, None], strengths, 0)
         self.fired += (strengths != 0).sum(0)
         self.strength += strengths.double().sum(0)
         self.change[0] += relative.sum()
-        if len(relative):
-            self.change[1] = torch.maximum(self.change[1], relative.max())
+        self.change[1] = torch.maximum(self.change[1], relative.max())
 
 
 def layer_report(
@@ -135,6 +153,7 @@ def layer_report(
     """Read a layer's tally off its device; None is a layer where nothing ran."""
     if tally is None:
         return LayerReport(layer, len(atoms), shifted, dict.fromkeys(PLACES, 0), [], 0.0, 0.0)
+    tally.count()
     fired, strength = tally.fired.tolist(), tally.strength.tolist()
     order = sorted((i for i, count in enumerate(fired) if count), key=lambda i: (-abs(strength[i]), i))
     found = [FiredAtom(atoms[i], names(atoms[i]), fired[i], strength[i] / fired[i]) for i in order]
