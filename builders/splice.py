@@ -39,15 +39,15 @@ def recovered(parts: Iterable[Spliced]) -> dict[str, float | int | None]:
 
     Returns:
         `ce_tokens`, `ce`, `ce_spliced`, `ce_ablated` and `ce_recovered`, the share of what zeros lose that
-        the reconstruction keeps (below 0: worse than zeros); None where there are no tokens or nothing is
-        lost.
+        the reconstruction keeps (below 0: worse than zeros); None where there are no tokens, or where zeros
+        lose nothing, as in a model that has learnt nothing.
     """
     n, *sums = (sum(column) for column in zip(Spliced(0, 0.0, 0.0, 0.0), *parts, strict=True))
     names = Spliced._fields[1:]
     if not n:
         return {"ce_tokens": 0} | dict.fromkeys((*names, "ce_recovered"))
     whole, spliced, ablated = (total / n for total in sums)
-    share = (ablated - spliced) / (ablated - whole) if ablated != whole else None
+    share = (ablated - spliced) / (ablated - whole) if ablated > whole else None
     means = dict(zip(names, (whole, spliced, ablated), strict=True))
     return {"ce_tokens": n, **means, "ce_recovered": share}
 

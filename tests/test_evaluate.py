@@ -138,9 +138,11 @@ def test_cross_entropy_recovered_is_that_of_the_first_items_in_whole_batches(ups
     labels = splice.caption_labels(model, processor, inputs, captions)
     expected = splice.splice(model, inputs, labels, saes)
     for layer in LAYERS:
-        found = {key: value for key, value in figures[str(layer)].items() if key.startswith("ce")}
-        assert found == pytest.approx(splice.recovered([expected[layer]]), rel=1e-4)
+        found, naive = figures[str(layer)], splice.recovered([expected[layer]])
+        for key in ("ce_tokens", "ce", "ce_spliced", "ce_ablated"):
+            assert found[key] == pytest.approx(naive[key], rel=1e-4)
         assert found["ce_tokens"] > n
+        assert (found["ce_recovered"] is None) == (naive["ce_recovered"] is None)
 
 
 def test_retrieval_equals_the_naive_medians(upstream):

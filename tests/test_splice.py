@@ -59,8 +59,8 @@ def test_the_identity_recovers_everything_and_zeros_nothing(tiny):
     assert found[1].tokens == found[2].tokens == n > 5
     assert found[1].ce == pytest.approx(whole, rel=1e-5)
     assert found[1].ce != pytest.approx(found[1].ce_ablated, rel=1e-4)
-    assert room.recovered([found[1]])["ce_recovered"] == pytest.approx(1.0, abs=1e-3)
-    assert room.recovered([found[2]])["ce_recovered"] == pytest.approx(0.0, abs=1e-6)
+    assert found[1].ce_spliced == pytest.approx(whole, rel=1e-5)
+    assert found[2].ce_spliced == pytest.approx(found[2].ce_ablated, rel=1e-6)
     assert naive(model, inputs, labels) == (n, whole)  # no hook is left
     assert not model.get_decoder().layers[1]._forward_hooks
 
@@ -90,6 +90,8 @@ def test_batches_are_weighed_by_their_tokens():
     parts = [room.Spliced(1, 2.0, 3.0, 4.0), room.Spliced(3, 10.0, 13.0, 20.0)]
     found = room.recovered(parts)
     assert found == {"ce_tokens": 4, "ce": 3.0, "ce_spliced": 4.0, "ce_ablated": 6.0, "ce_recovered": 2 / 3}
+    assert room.recovered([room.Spliced(2, 4.0, 4.0, 6.0)])["ce_recovered"] == 1.0
+    assert room.recovered([room.Spliced(2, 4.0, 7.0, 6.0)])["ce_recovered"] == -0.5
 
 
 def test_cross_entropies_that_are_not_finite_are_refused(tiny):
@@ -111,4 +113,5 @@ def test_no_tokens_or_nothing_lost_recover_nothing(tiny):
         "ce_ablated": None,
         "ce_recovered": None,
     }
-    assert room.recovered([room.Spliced(2, 4.0, 4.0, 4.0)])["ce_recovered"] is None
+    for ablated in (4.0, 3.0):
+        assert room.recovered([room.Spliced(2, 4.0, 4.0, ablated)])["ce_recovered"] is None
