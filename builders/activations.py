@@ -81,6 +81,8 @@ def model_facts(model: Any, config: ModelConfig) -> ModelFacts:
 class Job(NamedTuple):
     """A shard to be written."""
 
+    source: str
+    """`stimuli`, `answers` or `generated`."""
     name: str
     """Of its folder; the stimuli's come first."""
     items: Sequence[Any]
@@ -113,10 +115,10 @@ def run(work: Work) -> None:
     """The stage: shards of `activations.shard_rows` stimuli, in the corpus's order, then of prompts."""
     config = work.recipe.activations
     stimuli = linked_stimuli(work.upstream("corpus"), work.upstream("stimuli") / "links.parquet")
-    jobs, n_in, skipped = _jobs("", stimuli, config.shard_rows), len(stimuli), Counter[str]()
+    jobs, n_in, skipped = jobs_of("stimuli", stimuli, config.shard_rows), len(stimuli), Counter[str]()
     for source in table_sources(config):
         prompts, unusable = read_prompts(Path(config.path), source)
-        jobs += _jobs(f"{source}-", prompts, config.shard_rows)
+        jobs += jobs_of(source, prompts, config.shard_rows)
         n_in, skipped = n_in + len(prompts) + unusable.total(), skipped + unusable
     if work.recipe.model.tiny:
         _save_tiny(work)
@@ -132,16 +134,16 @@ def run(work: Work) -> None:
     _finish(work, model, n_in, skipped)
 
 
-def _jobs(prefix: str, items: Sequence[Any], size: int) -> list[Job]:
-    starts = range(0, len(items), size)
-    return [Job(f"{prefix}{number:05d}", items[start : start + size]) for number, start in enumerate(starts)]
+def jobs_of(source: str, items: Sequence[Any], size: int) -> list[Job]:
+    """The shards of a source, `size` items each, in order."""
+    prefix = "" if source == "stimuli" else f"{source}-"
+    parts = (items[start : start + size] for start in range(0, len(items), size))
+    return [Job(source, f"{prefix}{number:05d}", part) for number, part in enumerate(parts)]
 
 
 def _read(model: Any, processor: Any, config: ActivationsConfig, job: Job) -> Shard:
-    if job.name.startswith(("answers-", "generated-")):
-        shard = read_prompt_shard(model, processor, config, job.items)
-    else:
-        shard = read_stimuli_shard(model, processor, config, job.items)
+    forward = read_stimuli_shard if job.source == "stimuli" else read_prompt_shard
+    shard = forward(model, processor, config, job.items)
     if not shard.ids:
         raise ActivationError(
             f"expected usable stimuli in a shard, got none of {len(job.items)} ({dict(shard.counts)})"
@@ -239,12 +241,11 @@ def _write_shard(
     folder: Path, job: Job, read: Shard, config: ActivationsConfig, seed: int, before: Tensor | None
 ) -> None:
     """The shard's readings, where there are any, and its tokens, where they are a source."""
-    of_stimuli = read.reads[0].readings is not None
     counts = Counter(stimuli=len(job.items), read=len(read.ids), **read.counts)
-    if of_stimuli:
+    if job.source == "stimuli":
         readings = torch.cat([batch.readings for batch in read.reads])
         save_file({"readings": readings}, folder / "readings.safetensors")
-    if not of_stimuli or "stimuli" in config.sources:
+    if job.source in config.sources:
         tensors, left_out = _tokens(read, config, seed, before)
         save_file(tensors, folder / "tokens.safetensors")
         for masked in (*(batch.masked for batch in read.reads), left_out):
