@@ -1,11 +1,12 @@
 """Makes the table of models that `daco.models.supported()` reads: `python -m builders.model_table`.
 
 Builds every image-text and causal model class of transformers from its default config on the meta device
-(shapes alone, no memory) and looks for its decoder blocks; runs tests/test_models.py for the rows that say
-"tested". Writes daco/models.json.
+(shapes alone, no memory), looks for its decoder blocks and sends shapes through the first two; runs
+tests/test_models.py for the rows that say "tested". Writes daco/models.json.
 """
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -16,8 +17,10 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from builders.vision import ensure_torchvision
+from daco.capture import capture
 from daco.errors import UnsupportedModelError
 from daco.models import STATUSES
 from daco.sites import find_trunk, image_token_ids
@@ -97,19 +100,48 @@ def resolve(model: Listed) -> dict[str, Any]:
     import transformers
 
     auto = "AutoModelForImageTextToText" if model.takes == "images and text" else "AutoModelForCausalLM"
-    row = {**model._asdict(), "name": "", "shown": "", "because": "", "image_scope": False}
+    row = {**model._asdict(), "name": "", "shown": "", "because": "", "image_scope": False, "forward": False}
     try:
         config = transformers.AutoConfig.for_model(model.model_type, **NEEDS.get(model.model_type, {}))
         with torch.device("meta"):
-            built = getattr(transformers, auto).from_config(config)
+            built = getattr(transformers, auto).from_config(config, dtype=torch.bfloat16).eval()
     except Exception as error:  # whatever a class of transformers may raise is the answer
         because = f"not built from its default config: {type(error).__name__}: {_short(error)}"
         return row | {"status": "does not", "because": because}
     try:
-        find_trunk(built)
+        forward = first_blocks_run(built)
     except UnsupportedModelError as error:
-        return row | {"status": "does not", "because": _short(error).partition(": ")[2]}
-    return row | {"status": "resolves", "image_scope": bool(image_token_ids(built))}
+        because = _short(error).removeprefix(f"{type(built).__name__}: ")
+        return row | {"status": "does not", "because": because}
+    return row | {"status": "resolves", "image_scope": bool(image_token_ids(built)), "forward": forward}
+
+
+def first_blocks_run(model: Any) -> bool:
+    """Whether a forward of shapes alone reaches the third block; text only, through the trunk.
+
+    Raises:
+        UnsupportedModelError: there is no trunk, or its blocks do not return `[batch, tokens, width]`.
+    """
+    trunk = find_trunk(model)
+    layers, shape = range(min(2, trunk.n_layers)), (2, 5, trunk.hidden_size)
+    with (
+        torch.no_grad(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        capture(model, layers, stop=True) as seen,
+    ):
+        seen.model = model.get_submodule(trunk.path.rpartition(".")[0])
+        try:
+            seen.run(inputs_embeds=torch.zeros(shape, dtype=torch.bfloat16, device="meta"), use_cache=False)
+        except UnsupportedModelError:
+            raise
+        except Exception:  # a default config that is not whole, or a choice that hangs on numbers
+            return False
+    for layer, z in seen.activations.items():
+        if tuple(z.shape) != shape:
+            raise UnsupportedModelError(
+                f"expected block {layer} to return {list(shape)}, got {list(z.shape)}"
+            )
+    return len(seen.activations) == len(layers)
 
 
 def evidence(report: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -170,6 +202,7 @@ def _short(error: Exception) -> str:
 
 if __name__ == "__main__":
     ensure_torchvision()
+    logging.disable(logging.CRITICAL)  # hundreds of remarks on default configs
     made = make_table()
     write_table(made)
     counts = {status: sum(row["status"] == status for row in made["models"]) for status in STATUSES}

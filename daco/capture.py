@@ -95,12 +95,14 @@ def block_output(output: Any) -> Tensor:
     """The residual stream of a block's output: a Tensor in transformers 5, first of a tuple before.
 
     Raises:
-        TypeError: there is no Tensor.
-        UnsupportedModelError: it is not one stream `[batch, tokens, d_model]`.
+        UnsupportedModelError: there is no Tensor, or not one stream `[batch, tokens, d_model]`.
     """
     found = output[0] if isinstance(output, tuple) else output
     if not isinstance(found, Tensor):
-        raise TypeError(f"expected a block to return a Tensor or a tuple of it, got {type(found).__name__}")
+        raise UnsupportedModelError(
+            f"expected a block to return a Tensor or a tuple of it, got {type(found).__name__}; "
+            "use another model"
+        )
     if found.ndim != 3:
         raise UnsupportedModelError(
             f"expected a block to return one stream [batch, tokens, width], got {list(found.shape)}; "

@@ -6,10 +6,20 @@ from importlib.resources import files
 import pandas as pd
 
 STATUSES = ("tested", "resolves", "does not")
-"""`tested`: steered logits were compared with a slow reference. `resolves`: the decoder blocks are found, no
-more was tried. `does not`: they are not, and the row says why."""
+"""`tested`: steered logits were compared with a slow reference. `resolves`: the decoder blocks are found;
+no model was run. `does not`: they are not, or hold no one residual stream, and the row says why."""
 
-COLUMNS = ("name", "model_type", "model_class", "takes", "status", "because", "shown", "image_scope")
+COLUMNS = (
+    "name",
+    "model_type",
+    "model_class",
+    "takes",
+    "status",
+    "because",
+    "shown",
+    "image_scope",
+    "forward",
+)
 
 
 def supported() -> pd.DataFrame:
@@ -22,7 +32,8 @@ def supported() -> pd.DataFrame:
         One row a class and model type: `name` (as people call it; empty where nothing but its config was
         tried), `model_type`, `model_class`, `takes` ("images and text" or "text"), `status` (of STATUSES),
         `because` (why it does not resolve), `shown` (what the tests showed, comma separated), `image_scope`
-        (whether its image tokens can be told apart, for `scope="image"`).
+        (whether its image tokens can be told apart, for `scope="image"`) and `forward` (whether its first
+        blocks gave the residual stream in a forward of shapes alone; False also where none could be made).
 
     Example:
         >>> models = supported()

@@ -102,7 +102,7 @@ def test_blocks_may_return_a_tensor_or_a_tuple() -> None:
     z = torch.ones(2, 3, 5)
     assert block_output(z) is z
     assert block_output((z, None)) is z
-    with pytest.raises(TypeError, match="expected a block to return a Tensor"):
+    with pytest.raises(UnsupportedModelError, match="expected a block to return a Tensor"):
         block_output({"z": z})
     with pytest.raises(UnsupportedModelError, match=r"expected a block to return one .*got \[4, 2, 3, 5\]"):
         block_output(torch.ones(4, 2, 3, 5))

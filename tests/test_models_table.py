@@ -1,6 +1,7 @@
 """The table of models in the wheel is what code and tests say: nothing is called tested that is not."""
 
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import pandas as pd
@@ -63,15 +64,17 @@ SAMPLE = [r for r in ROWS if r["takes"] != "text" and r["status"] == "does not"]
 @same_transformers
 @pytest.mark.parametrize("row", SAMPLE, ids=lambda row: row["model_type"])
 def test_a_row_is_what_the_code_says(row: dict[str, Any]) -> None:
+    if "timm library" in row["because"] and find_spec("timm"):
+        pytest.skip("the table was made without timm")
     found = resolve(Listed(*(row[name] for name in KEY)))
     said = "resolves" if row["status"] == "tested" else row["status"]
     assert (found["status"], found["because"]) == (said, row["because"])
-    assert found["image_scope"] == row["image_scope"]
+    assert (found["image_scope"], found["forward"]) == (row["image_scope"], row["forward"])
 
 
 def test_the_table_is_a_frame_to_filter() -> None:
     assert isinstance(TABLE, pd.DataFrame)
-    assert TABLE["image_scope"].dtype == bool
+    assert TABLE["image_scope"].dtype == TABLE["forward"].dtype == bool
     multimodal = TABLE[(TABLE["takes"] == "images and text") & (TABLE["status"] == "tested")]
     assert multimodal["image_scope"].all()
     assert len(multimodal) == len(MULTIMODAL)
