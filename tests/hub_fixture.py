@@ -8,101 +8,21 @@ def test_it(local_hub: LocalHub) -> None:
 """
 
 import contextlib
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
-from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hub.local.faults import Faults
 from hub.local.server import background, client_env
 
 ROOT = Path(__file__).parents[1]
 WRITER, READER = "hf_local", "hf_local_reader"
-
-
-@dataclass
-class Rule:
-    """What to do with the next requests that match."""
-
-    method: str
-    path: str
-    times: int
-    status: int = 0
-    body: str = ""
-    headers: dict[str, str] = field(default_factory=dict)
-    after: bool = False
-    call: Callable[[], object] | None = None
-
-    def matches(self, scope: Scope) -> bool:
-        return self.times > 0 and scope["method"] == self.method and bool(re.search(self.path, scope["path"]))
-
-
-class Faults:
-    """Around the application: notes every request, and breaks those it was told to break."""
-
-    def __init__(self) -> None:
-        self.app: ASGIApp | None = None
-        self.log: list[tuple[str, str, int]] = []
-        """(method, path, status) of every answer."""
-        self.rules: list[Rule] = []
-
-    def around(self, app: ASGIApp) -> ASGIApp:
-        self.app = app
-        return self
-
-    def fail(
-        self,
-        method: str,
-        path: str,
-        status: int,
-        body: str = "<html>sorry</html>",
-        times: int = 1,
-        headers: dict[str, str] | None = None,
-        after: bool = False,
-    ) -> None:
-        """Answer the next `times` matching requests with `status`; with `after`, do what they ask first."""
-        self.rules.append(
-            Rule(method, path, times, status, body, headers or {"content-type": "text/html"}, after)
-        )
-
-    def before(self, method: str, path: str, call: Callable[[], object], times: int = 1) -> None:
-        """Call something before the next matching requests go on, for instance somebody else's commit."""
-        self.rules.append(Rule(method, path, times, call=call))
-
-    def seen(self, method: str, path: str) -> list[int]:
-        """The statuses of the matching requests so far."""
-        return [status for one, where, status in self.log if one == method and re.search(path, where)]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert self.app is not None
-
-        async def noted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self.log.append((scope["method"], scope["path"], message["status"]))
-            await send(message)
-
-        rule = next((one for one in self.rules if one.matches(scope)), None)
-        if rule is None:
-            return await self.app(scope, receive, noted)
-        rule.times -= 1
-        if rule.call is not None:
-            await run_in_threadpool(rule.call)
-            return await self.app(scope, receive, noted)
-        if rule.after:
-            await self.app(scope, receive, nothing)
-        await Response(rule.body, rule.status, rule.headers)(scope, receive, noted)
-
-
-async def nothing(message: Message) -> None:
-    """Drop an answer."""
 
 
 @dataclass

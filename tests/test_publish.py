@@ -126,8 +126,8 @@ def test_releases_are_published_once_and_load_back(local_hub: LocalHub, tmp_path
         again = publish(folder, target(local_hub, repo))
         assert again == Published(repo, first.repo_type, "v1.0.0", first.commit, first.url, False, 0)
         assert state(local_hub, repo) == shown
-    assert local_hub.faults.seen("POST", "/commit/main$") == [200, 200]
-    assert local_hub.faults.seen("POST", "/tag/") == [200, 200]
+    assert local_hub.faults.answered("POST", "/commit/main$") == [200, 200]
+    assert local_hub.faults.answered("POST", "/tag/") == [200, 200]
     local_hub.run(CLIENT, str(folders[0]), str(folders[1]))
 
 
@@ -281,13 +281,13 @@ def test_a_crash_after_any_step_is_resumed(
             publish(release, target(local_hub))
     assert publish(release, target(local_hub)).tag == "v1.0.0"
     assert state(local_hub) == undisturbed
-    assert len(local_hub.faults.seen("PUT", "/lfs/")) == LARGE  # each went once, over both runs
+    assert len(local_hub.faults.answered("PUT", "/lfs/")) == LARGE  # each went once, over both runs
 
 
 TROUBLES: list[tuple[str, int, dict[str, Any], list[float]]] = [
-    ("/commit/", 504, {"after": True}, [1]),  # it landed, and the answer was lost
-    ("/tag/", 504, {"after": True}, [1]),
-    ("/repos/create", 504, {"after": True}, [1]),
+    ("/commit/", 504, {"landed": True}, [1]),  # it landed, and the answer was lost
+    ("/tag/", 504, {"landed": True}, [1]),
+    ("/repos/create", 504, {"landed": True}, [1]),
     ("/commit/", 500, {"body": "{}"}, [1]),
     ("/commit/", 503, {"times": 3}, [1, 2, 4]),
     ("/commit/", 429, {"headers": {"retry-after": "7"}}, [7]),
@@ -312,7 +312,7 @@ def test_troubles_pass(
     publish(release, target(local_hub))
     assert state(local_hub) == undisturbed
     assert slept == waits
-    assert local_hub.faults.seen("POST", path)[0] == status
+    assert local_hub.faults.answered("POST", path)[0] == status
 
 
 def test_somebody_else_s_commit_is_planned_again(local_hub: LocalHub, release: Path) -> None:  # noqa: F811
@@ -323,7 +323,7 @@ def test_somebody_else_s_commit_is_planned_again(local_hub: LocalHub, release: P
     assert titles == ["Release v1.0.0", "foreign", "initial commit"]
     assert shown["tags"] == {"v1.0.0": done.commit}
     assert "foreign.txt" not in shown["files"]
-    assert local_hub.faults.seen("POST", "/commit/") == [200, 412, 200]
+    assert local_hub.faults.answered("POST", "/commit/") == [200, 412, 200]
 
 
 def test_two_publishers_of_one_release_make_one_commit(
@@ -334,7 +334,7 @@ def test_two_publishers_of_one_release_make_one_commit(
     other = next_version(release, "1.0.0")
     local_hub.faults.before("POST", "/commit/", lambda: publish(other, target(local_hub)))
     assert publish(release, target(local_hub)).tag == "v1.0.0"
-    assert local_hub.faults.seen("POST", "/commit/") == [200, 412]
+    assert local_hub.faults.answered("POST", "/commit/") == [200, 412]
     assert state(local_hub) == undisturbed
 
 
@@ -375,7 +375,7 @@ def test_a_hub_that_never_shows_the_tag_is_given_up(
     with pytest.raises(HubUnavailableError, match="does not show what was written to it; run it again"):
         publish(release, target(local_hub))
     assert slept == [1, 2, 4, 8, 16]
-    assert local_hub.faults.seen("POST", "/commit/") == [200]
+    assert local_hub.faults.answered("POST", "/commit/") == [200]
 
 
 @pytest.mark.parametrize("token", [READER, SECRET])

@@ -280,7 +280,7 @@ def test_tree_comes_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         listed = list(hub.api().list_repo_tree(**DATA, recursive=True))
         assert [one.path for one in listed if isinstance(one, RepoFile)] == [".gitattributes", *names]
         assert len(listed) == 15
-        assert len(hub.faults.seen("GET", "/tree/")) == 5
+        assert len(hub.faults.answered("GET", "/tree/")) == 5
         assert len(list(hub.api().list_repo_tree(**DATA, path_in_repo="f 1", expand=True))) == 4
         assert [one.path for one in hub.api().list_repo_tree(**DATA)] == [
             ".gitattributes",
@@ -301,7 +301,7 @@ def test_history_goes_on_over_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         listed = hub.api().list_repo_commits(**DATA, formatted=True)
         assert [one.commit_id for one in listed][:-1] == heads[::-1]
         assert listed[-1].title == "initial commit"
-        assert len(hub.faults.seen("GET", "/commits/")) == 3
+        assert len(hub.faults.answered("GET", "/commits/")) == 3
 
 
 def test_tags_and_branches(api: HfApi) -> None:
@@ -468,7 +468,7 @@ def test_nothing_changed_means_no_commit(local_hub: LocalHub, api: HfApi) -> Non
     files = {"a.txt": b"a", "b.bin": b"\0b"}
     head = publish(api, **files)
     assert publish(api, **files) == head  # the client sees by the oids that it need not ask
-    assert len(local_hub.faults.seen("POST", "/commit/")) == 1
+    assert len(local_hub.faults.answered("POST", "/commit/")) == 1
     same = {"path": "a.txt", "encoding": "base64", "content": "YQ=="}
     assert post_commit(api, commit_body(("file", same))).json()["commitOid"] == head
     assert len(api.list_repo_commits(**DATA)) == 2
@@ -621,8 +621,8 @@ def test_what_a_client_stores_by_xet_is_served_as_any_other_file(tmp_path: Path)
     content = random.Random(0).randbytes(300_000)
     with running(tmp_path) as hub:
         head = hub.run(PUBLISH_BY_XET).strip()
-        assert hub.faults.seen("GET", "/xet-write-token/")
-        assert not hub.faults.seen("POST", "/objects/batch")
+        assert hub.faults.answered("GET", "/xet-write-token/")
+        assert not hub.faults.answered("POST", "/objects/batch")
     with running(tmp_path) as hub:  # the client is gone: what it left is tidied up
         assert not list((hub.root / "datasets" / REPO / "xet").glob("*"))
         for name, expected in (("a.bin", content), ("b.bin", content[7:] + b"tail"), ("empty.bin", b"")):
@@ -755,7 +755,7 @@ def test_writes_need_a_token(steady: HfApi) -> None:
 
 
 def test_faults_can_be_ordered(local_hub: LocalHub, api: HfApi) -> None:  # noqa: F811
-    local_hub.faults.fail("POST", "/commit/", 503, after=True)
+    local_hub.faults.fail("POST", "/commit/", 503, landed=True)
     with pytest.raises(HfHubHTTPError) as error:
         publish(api, **{"a.txt": b"a"})
     assert error.value.response.status_code == 503
