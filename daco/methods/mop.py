@@ -19,7 +19,7 @@ from daco.methods.method import (
     raise_if,
     shift,
 )
-from daco.sparse_coding import elastic_net, largest_eigenvalue
+from daco.sparse_coding import elastic_net
 
 if TYPE_CHECKING:
     from daco.dictionary import ConceptDictionary
@@ -41,7 +41,9 @@ class MOP:
         centre: By layer `[d_model]`: taken off z before coding.
         layers: Only these layers; None is all.
         tol: Duality gap that is accepted, as a fraction of `1/2 ||z||^2`.
-        max_steps: Steps of the solver at most; codes that are not certified by then are used and reported.
+        max_rounds: Rounds of the solver at most; codes that are not certified by then are used and reported.
+        keep_gram: Keep `D D^T` of each layer (900 MB for 15,000 concepts in float32): faster, most of all
+            token by token on a CPU.
         dtype: Of code and delta.
         on_empty: `raise` where no concept is undesirable, or `pass`.
 
@@ -64,7 +66,8 @@ class MOP:
         centre: Mapping[int, Tensor] | None = None,
         layers: Sequence[int] | None = None,
         tol: float = 1e-4,
-        max_steps: int = 2_000,
+        max_rounds: int = 100,
+        keep_gram: bool = False,
         dtype: torch.dtype = torch.float32,
         on_empty: str = "raise",
     ) -> None:
@@ -74,14 +77,14 @@ class MOP:
         if not self.tau:
             raise ValueError("tau: expected above 0 to 1, got 0: without L1 no code is sparse")
         self.gamma, self.non_negative = number("gamma", gamma, 0.0), non_negative
-        self.tol, self.max_steps = number("tol", tol, 0.0, 1.0, open_ends=True), max_steps
+        self.tol, self.max_rounds = number("tol", tol, 0.0, 1.0, open_ends=True), max_rounds
         self.layers = chosen_layers(layers, dictionary.layers)
         self.base_model = dictionary.model
         self._concepts = list(dictionary.concepts["concept"])
         self._undesirable = np.flatnonzero(dictionary.mask("undesirable"))
         self._desirable = np.flatnonzero(dictionary.mask("desirable"))
         self._weights = {
-            layer: self._weights_of(dictionary, layer, dtype, (centre or {}).get(layer))
+            layer: self._weights_of(dictionary, layer, dtype, (centre or {}).get(layer), keep_gram)
             for layer in self.layers
         }
         self._uncertified: dict[torch.device, Tensor] = {}
@@ -102,16 +105,26 @@ class MOP:
         w = self._weights[layer].on(z.device)
         z = z.to(w.D.dtype)
         strengths = self.code(layer, z)[:, w.undesirable]
-        return Change(w.shift - strengths @ w.D[w.undesirable], strengths)
+        return Change(w.shift - strengths @ w.removed, strengths)
 
     def code(self, layer: int, z: Tensor) -> Tensor:
         """Codes of activations `[n, d_model] -> [n, n_concepts]`; what is not certified is counted."""
         w = self._weights[layer].on(z.device)
         z = z.to(w.D.dtype)
         z = z if w.centre is None else z - w.centre
-        alpha = self.alpha * (z @ w.D.T).abs().amax(-1) / self.tau
-        options = {"tol": self.tol, "max_steps": self.max_steps, "lipschitz": w.lipschitz}
-        solved = elastic_net(z, w.D, alpha, self.tau, non_negative=self.non_negative, **options)
+        correlation = z @ w.D.T
+        alpha = self.alpha * correlation.abs().amax(-1) / self.tau
+        solved = elastic_net(
+            z,
+            w.D,
+            alpha,
+            self.tau,
+            non_negative=self.non_negative,
+            tol=self.tol,
+            max_rounds=self.max_rounds,
+            correlation=correlation,
+            gram=w.gram,
+        )
         uncertified = (~solved.certified).sum()
         self._uncertified[z.device] = self._uncertified.get(z.device, 0) + uncertified
         return solved.code
@@ -131,17 +144,23 @@ class MOP:
     def notes(self) -> list[str]:
         """Why nothing happens, and codes that were used without a certificate."""
         count = int(sum(int(found) for found in self._uncertified.values()))
-        missed = f"{count} codes not certified within {self.max_steps} steps; raise max_steps or tol"
+        missed = f"{count} codes not certified within {self.max_rounds} rounds; raise max_rounds or tol"
         return empty_notes(self) + ([missed] if count else [])
 
     def _weights_of(
-        self, dictionary: "ConceptDictionary", layer: int, dtype: torch.dtype, centre: Tensor | None
+        self,
+        dictionary: "ConceptDictionary",
+        layer: int,
+        dtype: torch.dtype,
+        centre: Tensor | None,
+        keep_gram: bool,
     ) -> Placed:
         rows = normalize(dictionary.raw(layer).to(dtype), dim=-1)
         return Placed(
             D=rows,
             undesirable=torch.from_numpy(self._undesirable),
             centre=None if centre is None else centre.to(dtype),
-            lipschitz=largest_eigenvalue(rows),
+            removed=rows[torch.from_numpy(self._undesirable)],
+            gram=rows @ rows.T if keep_gram else None,
             shift=shift(rows[torch.from_numpy(self._desirable)], self.gamma * dictionary.R[layer]),
         )
