@@ -49,7 +49,7 @@ from daco.steering_sae import SteeringSAE
 
 RESULTS = Path(__file__).parent / "results" / "steering.json"
 OWN = ("daco_rows", "daco_rows_all", "daco_exact", "mop")
-PROMPT, WARM = 16, 2
+PROMPT, WARM = 16, 1
 """Tokens of the prompt, and tokens after it that are not timed."""
 
 
@@ -110,7 +110,9 @@ def plain_hooks(model: Any, vectors: dict[int, torch.Tensor]) -> Generator[None,
             handle.remove()
 
 
-def contenders(model: Any, sae: SteeringSAE, dictionary: Any, removed: int) -> dict[str, Contender]:
+def contenders(
+    model: Any, sae: SteeringSAE, dictionary: Any, alpha: float, removed: int
+) -> dict[str, Contender]:
     """All of them, by name; `daco_rows_all` removes as many atoms as `daco_rows` has labelled."""
     width, dtype = sae.base_model.hidden_size, next(model.parameters()).dtype
     layers, rows = list(sae.layers), {layer: list(range(removed)) for layer in sae.layers}
@@ -119,7 +121,7 @@ def contenders(model: Any, sae: SteeringSAE, dictionary: Any, removed: int) -> d
         "daco_rows": SAESteering(sae, form="threshold"),
         "daco_rows_all": SAESteering(sae, form="threshold", remove=rows),
         "daco_exact": SAESteering(sae, form="exact"),
-        "mop": MOP(dictionary),
+        "mop": MOP(dictionary, alpha),
     }
     found = {name: Contender(nullcontext, 0, 0) for name in ("none", "none again")}
     added = sum(vector.nbytes for vector in vectors.values())
@@ -344,8 +346,10 @@ def speed(shape: Shape, arguments: argparse.Namespace) -> tuple[list[dict[str, A
     size = (arguments.batch, PROMPT)
     ids = torch.randint(10, shape.config["vocab_size"] // 2, size, generator=draw).to(arguments.device)
     long = torch.randint(10, shape.config["vocab_size"] // 2, (1, 256), generator=draw).to(arguments.device)
-    sae, dictionary = build_saes(model, shape, long, arguments.atoms, arguments.labelled, arguments.seed)
-    found = contenders(model, sae, dictionary, arguments.labelled)
+    sizes = arguments.atoms, arguments.labelled
+    sae, dictionary, alpha = build_saes(model, shape, long, *sizes, arguments.seed)
+    found = contenders(model, sae, dictionary, alpha, sizes[1])
+    print(f"MOP's alpha: {alpha:.2f}", flush=True)
     found = {name: found[name] for name in found if name in ("none", "daco_rows", *arguments.who)}
     what = f"{shape.name}, {arguments.dtype}, {arguments.mode}, batch {arguments.batch}"
     print(f"{what}: {held_bytes(model) / 1e9:.2f} GB, {read_bytes(model) / 1e9:.2f} GB a token", flush=True)
@@ -375,7 +379,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["eager", "compiled"], default="eager")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=40, help="rounds")
-    parser.add_argument("--tokens", type=int, default=6, help="timed tokens of a round")
+    parser.add_argument("--tokens", type=int, default=4, help="timed tokens of a round")
     parser.add_argument("--atoms", type=int, default=15_000)
     parser.add_argument("--labelled", type=int, default=1_000, help="atoms a layer")
     names = ["none again", "actadd", "daco_rows_all", "daco_exact", "mop"]

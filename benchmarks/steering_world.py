@@ -17,6 +17,7 @@ from builders.vision import ensure_torchvision
 from daco.capture import capture
 from daco.dictionary import ConceptDictionary
 from daco.manifest import FORMAT_VERSION, file_entry, release_files, write_manifest
+from daco.methods import MOP
 from daco.sae import SAE, LayerSAE
 from daco.sae_files import write_config, write_layer
 from daco.sites import ModelFacts, find_trunk
@@ -97,11 +98,11 @@ def held_bytes(model: Any) -> int:
 @torch.inference_mode()
 def build_saes(
     model: Any, shape: Shape, ids: Tensor, n_atoms: int, n_labelled: int, seed: int
-) -> tuple[SteeringSAE, ConceptDictionary]:
-    """TopK SAEs for the model with a calibrated threshold, and the dictionary that they started from.
+) -> tuple[SteeringSAE, ConceptDictionary, float]:
+    """TopK SAEs for the model with a calibrated threshold, the dictionary they started from, and MOP's alpha.
 
-    Rows are random and unit; half of the labelled ones are undesirable. `k` atoms a token fire on the model's
-    own activations.
+    Rows are random and unit; half of the labelled ones are undesirable. `K` atoms a token fire on the model's
+    own activations, in MOP's codes as well.
     """
     with capture(model, shape.layers, stop=True) as captured:
         captured.run(input_ids=ids)
@@ -122,7 +123,18 @@ def build_saes(
         "activation": "topk",
         "steering": {"eta": ETA, "gamma": GAMMA, "scope": "all"},
     }
-    return SteeringSAE(config, saes), dictionary
+    return SteeringSAE(config, saes), dictionary, _alpha(dictionary, activations[shape.layers[0]][-8:])
+
+
+def _alpha(dictionary: ConceptDictionary, z: Tensor) -> float:
+    """The smallest of MOP's penalties whose codes have no more than `K` atoms."""
+    layer, chosen = dictionary.layers[0], 0.95
+    for alpha in np.arange(0.9, 0.0, -0.05):
+        code = MOP(dictionary, float(alpha), layers=[layer]).code(layer, z)
+        if (code != 0).sum() > K * len(z):
+            break
+        chosen = float(alpha)
+    return chosen
 
 
 def _sizes(model: Any) -> tuple[int, int]:
