@@ -36,6 +36,20 @@ def run(
 
 
 @app.command()
+def tune(recipe: RecipePath, out: Out, overrides: Overrides = None) -> None:
+    """Try ways to steer on the validation items of `tune.path`; the release then steers with the best."""
+    from builders import steering, tune
+
+    loaded = load_recipe(recipe, overrides or ())
+    if not loaded.tune.path:
+        raise RecipeError("tune.path: expected a table of validation items or `toyworld`, got none; name one")
+    run_pipeline(loaded, out)
+    print(tune.as_text(steering.read_tuning(out)))
+    for folder in sorted((out / "release").glob("model/manifest.json")):
+        print(f"next: python -m hub stage {folder.parent}")
+
+
+@app.command()
 def status(out: Out) -> None:
     """Show which stages of a run folder are done, and their counts."""
     if not out.is_dir():

@@ -4,7 +4,6 @@ Reads `sae/`, `atoms/`, `directions/`, `polarity/`, `stimuli/`, `corpus/` and th
 `evaluate/evaluation.json`, where every figure comes with the number of things it was measured on.
 """
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,22 +18,21 @@ from builders.activations import Stimulus, linked_stimuli, open_mllm
 from builders.corpus import open_image
 from builders.directions import load_dictionary
 from builders.mllm import chat_inputs
-from builders.recipe import Recipe
 from builders.splice import Spliced, caption_labels, recovered, splice
 from builders.stages import Work
+from builders.steering import load_steering, release_setting
 from builders.tokens import held_out
 from builders.train_sae import load_sae
 from daco.capture import capture
 from daco.dictionary import ConceptDictionary
 from daco.errors import ActivationError
-from daco.manifest import FORMAT_VERSION, canonical_json, write_atomic
+from daco.manifest import canonical_json, write_atomic
 from daco.methods import MOP, ActAdd, Method, SAESteering
 from daco.report import Report
-from daco.sae import LayerSAE
 from daco.sae_files import layer_folder
 from daco.steering import steer
 from daco.steering_sae import SteeringSAE
-from daco.tables import ATOMS, LINKS, read_table
+from daco.tables import LINKS, read_table
 
 N_TOP = 5
 """Atoms named as those that fired most."""
@@ -124,26 +122,6 @@ def retrieval(links: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def load_steering(recipe: Recipe, sae: Path, atoms: Path, dictionary: ConceptDictionary) -> SteeringSAE:
-    """The SAEs of a run as a release would hold them, from the folders of two finished stages."""
-    layers = {}
-    for layer in dictionary.layers:
-        table = read_table(atoms / layer_folder(layer) / "atoms.parquet", ATOMS).to_pandas()
-        layers[layer] = LayerSAE(layer, load_sae(sae / layer_folder(layer)), table, dictionary.R[layer])
-    config = {
-        "format_version": FORMAT_VERSION,
-        "base_model": dataclasses.asdict(dictionary.model),
-        "layers": dictionary.layers,
-        "activation": layers[dictionary.layers[0]].sae.activation,
-        "steering": {
-            "eta": recipe.atoms.eta,
-            "gamma": recipe.evaluate.gamma,
-            "scope": recipe.evaluate.scope,
-        },
-    }
-    return SteeringSAE(config, layers)
-
-
 def evaluate_batch(
     model: Any, inputs: Any, layers: Sequence[int], methods: Mapping[str, Method], scope: str = "all"
 ) -> dict[str, dict[str, Any]]:
@@ -217,7 +195,8 @@ def run(work: Work) -> None:
 
 
 def _measure_batches(work: Work, dictionary: ConceptDictionary, stimuli: Sequence[Stimulus]) -> None:
-    steering = load_steering(work.recipe, work.upstream("sae"), work.upstream("atoms"), dictionary)
+    setting = release_setting(work.out, work.recipe, dictionary.layers)
+    steering = load_steering(setting, work.upstream("sae"), work.upstream("atoms"), dictionary)
     methods = steering_methods(steering, dictionary)
     model, processor = open_mllm(work.recipe.model, work.upstream("activations"))
     saes = {
@@ -234,7 +213,7 @@ def _measure_batches(work: Work, dictionary: ConceptDictionary, stimuli: Sequenc
             batch = stimuli[start : start + size]
             images = [open_image(s.file) for s in batch]
             inputs = chat_inputs(processor, [s.caption for s in batch], images).to(model.device)
-            figures = evaluate_batch(model, inputs, dictionary.layers, methods, work.recipe.evaluate.scope)
+            figures = evaluate_batch(model, inputs, dictionary.layers, methods, setting.scope)
             write_atomic(folder / "figures.json", canonical_json(figures))
             if start < work.recipe.evaluate.splice_items:
                 labels = caption_labels(model, processor, inputs, [s.caption for s in batch])

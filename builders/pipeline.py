@@ -46,12 +46,18 @@ STAGES = (
     Stage("sae", "train_sae", ("activations", "sae"), ("activations", "directions")),
     Stage("atoms", "atoms", ("sae", "atoms"), ("polarity", "activations", "directions", "sae")),
     Stage(
+        "tune",
+        "tune",
+        ("model", "atoms", "tune", "evaluate"),
+        ("polarity", "activations", "directions", "sae", "atoms"),
+    ),
+    Stage(
         "evaluate",
         "evaluate",
         ("model", "activations", "sae", "atoms", "evaluate"),
-        ("sae", "atoms", "directions"),
+        ("sae", "atoms", "directions", "tune"),
     ),
-    Stage("release", "release", tuple(f.name for f in dataclasses.fields(Recipe)), ("evaluate",)),
+    Stage("release", "release", tuple(f.name for f in dataclasses.fields(Recipe)), ("tune", "evaluate")),
 )
 
 

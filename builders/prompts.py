@@ -46,7 +46,7 @@ def read_prompts(path: Path, source: str) -> tuple[list[Prompt], Counter[str]]:
     """
     found: dict[str, Prompt] = {}
     skipped: Counter[str] = Counter()
-    for row in _rows(path, COLUMNS[source]):
+    for row in rows_of(path, COLUMNS[source]):
         prompt = _prompt_of(row, source, path.parent)
         if isinstance(prompt, str):
             skipped[f"skipped.{prompt}"] += 1
@@ -61,12 +61,17 @@ def read_prompts(path: Path, source: str) -> tuple[list[Prompt], Counter[str]]:
 
 def check_prompts(path: Path, source: str) -> None:
     """Raise CorpusError where the table is missing or lacks a column; reads its first row alone."""
-    next(_rows(path, COLUMNS[source]), None)
+    next(rows_of(path, COLUMNS[source]), None)
 
 
-def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def rows_of(path: Path, needed: tuple[str, ...], field: str = "activations.path") -> Iterator[dict[str, Any]]:
+    """Lazy rows of a table of prompts that has the columns `needed`; `field` of the recipe names it.
+
+    Raises:
+        CorpusError: the table is missing, broken, or lacks a column.
+    """
     if not path.is_file():
-        raise CorpusError(f"expected a table of prompts at {path}, got none; check activations.path")
+        raise CorpusError(f"expected a table of prompts at {path}, got none; check {field}")
     columns, rows = _read_jsonl(path) if path.suffix.lower() == ".jsonl" else read_rows(path)
     if missing := [name for name in needed if name not in columns]:
         raise CorpusError(f"{path.name}: expected column {missing[0]!r}, got {columns}; name it so")
@@ -96,26 +101,26 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _prompt_of(row: dict[str, Any], source: str, root: Path) -> Prompt | str:
     """A row as a prompt, or why it is skipped."""
-    texts = {name: _text(row.get(name)) for name in COLUMNS[source]}
+    texts = {name: text_of(row.get(name)) for name in COLUMNS[source]}
     for name, text in texts.items():
         if not text:
             return f"empty_{name}"
         if len(text) > MAX_CAPTION:
             return f"long_{name}"
     name = row.get("image") or ""
-    image = _image(name, root) if name else None
+    image = image_of(name, root) if name else None
     if isinstance(image, str):
         return image
     prompt_id = f"{stimulus_id(texts['prompt'], name)}-{stimulus_id(source, texts.get('answer', ''))}"
     return Prompt(prompt_id, texts["prompt"], texts.get("answer"), image)
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
     """`value` without NUL and lone surrogates; line ends mean something in a prompt and stay."""
     return _UNSAFE.sub(" ", value).strip() if isinstance(value, str) else ""
 
 
-def _image(name: object, root: Path) -> Path | str:
+def image_of(name: object, root: Path) -> Path | str:
     """The image's file, or why it is not opened; as in a corpus, none outside the table's folder is."""
     if not isinstance(name, str):
         return "unreadable_image"

@@ -314,6 +314,33 @@ class AtomsConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """Choosing how to steer, on validation items; what is chosen stands for `atoms.eta`, `evaluate.gamma` and
+    `evaluate.scope`, which are tried as well."""
+
+    path: str = ""
+    """A table of prompts, see `builders.judge`, or `toyworld` (drawn); empty: nothing is tried."""
+    items: int = 200
+    """Items of each kind, at most: the first."""
+    eta: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5)
+    """Cosine thresholds that are tried."""
+    gamma: tuple[float, ...] = (0.0, 0.03, 0.1)
+    """Strengths of the desirable shift that are tried, in units of R."""
+    scope: tuple[str, ...] = ("prompt", "all")
+    """Positions that are tried."""
+    single_layers: bool = True
+    """Whether each layer alone is tried too, with what did best on all together."""
+    budget: int = 64
+    """Settings that are tried, at most."""
+    allowed: float = 0.02
+    """Share of questions, of help and of harmless requests that a chosen setting may cost, at most."""
+    batch: int = 16
+    """Items asked at once."""
+    max_answer: int = 64
+    """Tokens of an answer, at most."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Measuring what was built."""
 
@@ -365,6 +392,7 @@ class Recipe:
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     sae: SaeConfig = field(default_factory=SaeConfig)
     atoms: AtomsConfig = field(default_factory=AtomsConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
 
@@ -379,6 +407,7 @@ LOCAL_FIELDS = {
     ("polarity", "base_url"),
     ("embeddings", "path"),
     ("stimuli", "service"),
+    ("tune", "path"),
 }
 """Fields that name places on this machine; they never reach a manifest."""
 
@@ -486,7 +515,8 @@ _AT_LEAST = {
     "stimuli.n_positive stimuli.min_positive stimuli.block stimuli.memory stimuli.proposals "
     "activations.batch activations.shard_rows activations.max_answer clip.checkpoint_steps sae.steps "
     "sae.batch sae.eval_steps sae.checkpoint_steps atoms.n_nearest "
-    "evaluate.items evaluate.batch polarity.batch polarity.workers sae.dead_tokens atoms.min_group",
+    "evaluate.items evaluate.batch tune.items tune.budget tune.batch tune.max_answer polarity.batch "
+    "polarity.workers sae.dead_tokens atoms.min_group",
     2: "stimuli.pool",
 }
 """Fields of whole numbers, by the least they may be."""
@@ -508,6 +538,7 @@ _RANGES = {
     "sae.holdout": (0.0, 1.0),
     "atoms.eta": (0.0, 1.0),
     "evaluate.gamma": (0.0, math.inf),
+    "tune.allowed": (0.0, 1.0),
 }
 """Fields of real numbers, by the least and the most they may be."""
 
@@ -559,6 +590,28 @@ def _field(recipe: Recipe, where: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
+SCOPES = ("all", "image", "prompt", "generated")
+
+
+def _check_tune(config: TuneConfig) -> None:
+    """Lists of values that can be steered by, each once, and no more settings than the budget has."""
+    for name, most in (("eta", 1.0), ("gamma", math.inf)):
+        if wrong := [x for x in getattr(config, name) if not (math.isfinite(x) and 0 <= x <= most)]:
+            raise RecipeError(f"tune.{name}: expected numbers from 0 to {most:g}, got {wrong}")
+    if unknown := sorted(set(config.scope) - set(SCOPES)):
+        raise RecipeError(f"tune.scope: expected some of {SCOPES}, got {unknown}")
+    for name in ("eta", "gamma", "scope"):
+        values = list(getattr(config, name))
+        if not values or len(set(values)) < len(values):
+            raise RecipeError(f"tune.{name}: expected at least one value, each once, got {values}")
+    n = 1 + len(config.eta) * len(config.gamma) * len(config.scope)
+    if n > config.budget:
+        raise RecipeError(
+            f"tune.budget: expected at least {n}, one for the recipe's own setting and each combination of "
+            f"eta, gamma and scope, got {config.budget}"
+        )
+
+
 def _check_sources(config: ActivationsConfig) -> None:
     """Lists of known names, none empty; a table of prompts exactly where it is read."""
     allowed = {
@@ -599,7 +652,7 @@ def _check(recipe: Recipe) -> None:
         "sae.select": (recipe.sae.select, ("auto", "float32", "bfloat16", "int8")),
         "atoms.centroids": (recipe.atoms.centroids, ("one", "group")),
         "sae.start": (recipe.sae.start, ("dictionary", "random")),
-        "evaluate.scope": (recipe.evaluate.scope, ("all", "image", "prompt", "generated")),
+        "evaluate.scope": (recipe.evaluate.scope, SCOPES),
     }
     for where, (value, allowed) in choices.items():
         if value not in allowed:
@@ -623,6 +676,7 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(f"model.published: expected `org/name@revision`, got {recipe.model.published!r}")
     _check_annotator(recipe.polarity)
     _check_sources(recipe.activations)
+    _check_tune(recipe.tune)
     if recipe.stimuli.service and not recipe.embeddings.path:
         raise RecipeError(
             "stimuli.service: expected embeddings.path, which its index was built from, got none"

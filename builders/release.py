@@ -24,7 +24,7 @@ from builders.corpus import image_file, read_image, source_facts
 from builders.directions import load_dictionary
 from builders.recipe import Recipe, model_name, public_recipe, repo_name
 from builders.stages import Work, done
-from builders.train_sae import load_sae
+from builders.steering import TUNING, load_layer, read_tuning, release_setting, steering_config
 from daco.dictionary import ConceptDictionary
 from daco.errors import DacoError, IntegrityError
 from daco.manifest import (
@@ -37,10 +37,8 @@ from daco.manifest import (
     write_atomic,
     write_manifest,
 )
-from daco.sae import LayerSAE
 from daco.sae_files import layer_folder, write_config, write_layer
 from daco.tables import (
-    ATOMS,
     CONCEPTS,
     LINKS,
     MAX_VECTOR_ROWS,
@@ -292,20 +290,22 @@ def write_model(work: Work, folder: Path, dataset: Mapping[str, Any]) -> None:
     """
     dictionary = load_dictionary(work.upstream("polarity"), work.upstream("directions"))
     evaluation = json.loads((work.upstream("evaluate") / "evaluation.json").read_text("utf-8"))
-    training = {}
+    setting, training = release_setting(work.out, work.recipe, dictionary.layers), {}
     for layer in work.progress(dictionary.layers, unit="layer"):
         source = work.upstream("sae") / layer_folder(layer)
-        atoms = read_table(work.upstream("atoms") / layer_folder(layer) / "atoms.parquet", ATOMS).to_pandas()
         training[str(layer)] = facts = json.loads((source / "facts.json").read_text("utf-8"))
-        sae = LayerSAE(layer, load_sae(source), atoms, dictionary.R[layer])
+        sae = load_layer(work.upstream("sae"), work.upstream("atoms"), layer, dictionary, setting.eta)
         if facts["activation"] == "topk":  # the others are released in the form in which they steer
             form = {"jumprelu_threshold": facts["threshold"], "jumprelu_agreement": facts["agreement"]}
             sae = dataclasses.replace(sae, **form)
         write_layer(folder, sae, dictionary.model)
     config = _config(work.recipe, dictionary, dataset, training)
+    config["steering"] = steering_config(setting, dictionary.layers)
     config["training"] |= _measured(evaluation.get("sae", {}))
     write_config(folder, config)
     write_atomic(folder / "evaluation.json", canonical_json(evaluation))
+    if tuning := read_tuning(work.out):
+        write_atomic(folder / TUNING, canonical_json(tuning))
     write_manifest(folder, _manifest(work, folder, "model", repo_name(work.recipe, "model"), {}))
 
 
@@ -337,11 +337,6 @@ def _config(
         },
         "activation": first["activation"],
         "training": said | tokens | ({"k": first["k"]} if first["k"] else {}),
-        "steering": {
-            "eta": recipe.atoms.eta,
-            "gamma": recipe.evaluate.gamma,
-            "scope": recipe.evaluate.scope,
-        },
     }
 
 
@@ -399,7 +394,7 @@ def _counts(work: Work) -> dict[str, Any]:
     sealed = [path.parent.name for path in sorted(work.out.glob("*/done.json"))]
     counts = {stage: done(work.out, stage)["counts"] for stage in sealed if stage != work.stage}
     tokens = json.loads((work.upstream("activations") / "facts.json").read_text("utf-8"))["tokens"]
-    return {stage: found for stage, found in counts.items() if "in" in found} | {"tokens": tokens}
+    return {stage: found for stage, found in counts.items() if found.get("in")} | {"tokens": tokens}
 
 
 def _limits(work: Work) -> list[str]:

@@ -48,12 +48,13 @@ UNITS = {
     "directions": "links",
     "sae": "tokens",
     "atoms": "atoms",
+    "tune": "validation items",
     "evaluate": "stimuli",
     "release": "pairs",
 }
 """What the counts of each stage count, in the order of the stages."""
 
-OF_MODELS = ("tokens", "sae", "atoms", "evaluate")
+OF_MODELS = ("tokens", "sae", "atoms", "tune", "evaluate")
 """Stages that a dataset does not depend on."""
 
 EVALUATION_NOTES = {

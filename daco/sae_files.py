@@ -65,14 +65,14 @@ def validate_config(config: object) -> None:
     if not broken:
         broken += broken_model("base_model", config["base_model"])
         broken += broken_layers("config.json", config["layers"], config["base_model"].get("n_layers"))
-        broken += _broken_steering(config["steering"])
+        broken += _broken_steering(config["steering"], config["layers"])
     if config.get("activation") not in ACTIVATIONS:
         broken.append(f"activation: expected one of {ACTIVATIONS}, got {config.get('activation')!r}")
     if broken:
         raise FormatError("config.json breaks the format:\n- " + "\n- ".join(broken))
 
 
-def _broken_steering(steering: dict[str, Any]) -> list[str]:
+def _broken_steering(steering: dict[str, Any], layers: list[Any]) -> list[str]:
     if missing := {"eta", "gamma", "scope"} - set(steering):
         return [f"steering: expected {sorted(missing)}, got none"]
     broken = [
@@ -82,6 +82,9 @@ def _broken_steering(steering: dict[str, Any]) -> list[str]:
     ]
     if not isinstance(steering["scope"], str):
         broken.append(f"steering: scope: expected a text, got {steering['scope']!r}")
+    named = steering.get("layers", layers)
+    if not isinstance(named, list) or not named or any(layer not in layers for layer in named):
+        broken.append(f"steering: layers: expected some of {layers}, got {named!r}")
     return broken
 
 

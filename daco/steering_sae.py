@@ -46,7 +46,7 @@ class SteeringSAE:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The release's steering defaults: eta, gamma, scope."""
+        """The release's steering defaults: eta, gamma, scope and, where not all are steered, layers."""
         return dict(self.config["steering"])
 
     @classmethod
@@ -129,7 +129,7 @@ class SteeringSAE:
             model: The transformers model these SAEs belong to.
             gamma: Strength of the desirable shift in units of R; None is the release's default.
             eta: Cosine threshold of labels; None takes the labels as released.
-            layers: Only these layers; None is all.
+            layers: Only these layers; None is the release's default.
             scope: `all`, `image`, `prompt` or `generated`; None is the release's default.
             on_empty: `raise` when nothing can be steered, or `pass` for an exact no-op.
             base_model_ok: Accept another base model id or revision (a fine-tune, a quantised copy).

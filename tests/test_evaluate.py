@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -213,10 +212,9 @@ def test_what_fired_most_is_counted_over_all_batches(upstream):
 
 
 def test_nothing_labelled_is_an_exact_no_op(upstream):
-    for layer in LAYERS:
-        path = upstream / "atoms" / f"layers.{layer}" / "atoms.parquet"
-        table = pq.read_table(path)
-        neutral = pa.array(["neutral"] * table.num_rows)
-        pq.write_table(table.set_column(1, "polarity", neutral), path)
-    daco = run(upstream)["steering"]["daco"]
+    (upstream / "evaluate" / "stage.json").unlink(missing_ok=True)
+    recipe = small_recipe(**SECTIONS | {"atoms": {"eta": 1.0}})
+    stage.run(opened(recipe, upstream, "evaluate"))
+    found = json.loads((upstream / "evaluate" / "evaluation.json").read_text())
+    daco = found["steering"]["daco"]
     assert [daco[key] for key in ("changed", "relative_change", "kl", "n_fired")] == [0, 0, 0, 0]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from builders.pipeline import run as run_pipeline
 from builders.recipe import load_recipe
 from builders.release import versions
-from builders.toyworld import ablate, arms, compare, eyes, judge, scenes
+from builders.toyworld import ablate, arms, compare, eyes, front, judge, scenes
 from builders.toyworld.bench import Bench
 from builders.toyworld.model import Batcher
 from builders.toyworld.train import Plan, Trainer
@@ -35,6 +35,7 @@ RESULTS = Path("benchmarks/results/toyworld.json")
 """The committed table."""
 
 ABLATIONS = Path("benchmarks/results/toyworld_ablations.json")
+FRONT = Path("benchmarks/results/toyworld_tune.json")
 
 
 def cells_bar(cells: Sequence[Any]) -> Iterable[Any]:
@@ -176,6 +177,24 @@ def ablate_choices(
     found = ablate.run(Bench(out, loaded), chosen, n, cells_bar)
     write_atomic(to, canonical_json(found))
     print(ablate.as_text(found))
+
+
+@app.command("front")
+def find_front(
+    out: Annotated[Path, typer.Option(help="Run folder; its pipeline is run first where it is not done.")],
+    recipe: RecipeFile = DEMO,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option(help="Test items of each suite.")] = 300,
+    to: Annotated[Path, typer.Option(help="Where the front and the rows go.")] = FRONT,
+) -> None:
+    """Choose eta, gamma, scope and layers by `builders.tune`; hold the choice against the recipe's own."""
+    loaded = load_recipe(recipe, overrides or ())
+    run_pipeline(loaded, out, until="sae")
+    found = front.run(Bench(out, loaded), n, cells_bar)
+    made_by = {"versions": versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    command = "python -m builders.toyworld front --out runs/front"
+    write_atomic(to, canonical_json(found | made_by | {"command": command}))
+    print(front.as_text(found))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from builders.activations import open_mllm
 from builders.atoms import BLOCK, firing_rates
 from builders.directions import load_dictionary
+from builders.judge import Questions, Verdict
 from builders.recipe import Recipe
 from builders.stages import seal_sha256
 from builders.toyworld import judge
@@ -60,8 +62,8 @@ class Bench:
 
     def __init__(self, out: Path, recipe: Recipe) -> None:
         self.out, self.recipe, self.folder = out, recipe, out / "compare"
-        self.model, processor = open_mllm(recipe.model, out / "activations")
-        self.batcher = Batcher(processor)
+        self.model, self.processor = open_mllm(recipe.model, out / "activations")
+        self.batcher = Batcher(self.processor)
         self.dictionary = load_dictionary(out / "polarity", out / "directions")
         self.shards = sorted((out / "activations" / "shards").iterdir())
         seals = [seal_sha256(out, stage) for stage in STAGES]
@@ -161,6 +163,30 @@ def suites_of(n: int, split: str, seed: int = 0) -> dict[str, list[Item]]:
     """The items of every suite; the two harmless ones share `n`."""
     sizes = {name: n // 2 if name.startswith("harmless") else n for name in SUITES}
     return {name: judge.suite(name, size, seed, split) for name, size in sizes.items()}
+
+
+KIND_OF = {
+    "jailbreak_a": "harmful",
+    "question": "question",
+    "harmless": "harmless",
+    "harmless_cues": "harmless",
+}
+"""Suites that tuning sees, and what they are to it: cue words of set B are for the test alone."""
+
+
+def validation(model: Any, processor: Any, n: int) -> Questions:
+    """The world's validation items for `builders.tune`: `n` harmful, `n` harmless ones and `n` questions."""
+    batcher = Batcher(processor)
+    suites = {name: items for name, items in suites_of(n, "validation").items() if name in KIND_OF}
+    items = [item for found in suites.values() for item in found]
+
+    def ask() -> list[Verdict]:
+        said = answers(model, batcher, items)
+        return [Verdict(*judge.judge(item, text)) for item, text in zip(items, said, strict=True)]
+
+    kinds = [KIND_OF[name] for name, found in suites.items() for _ in found]
+    digest = hashlib.sha256(repr(items).encode()).hexdigest()
+    return Questions(kinds, ask, "exact rules of the toy world", digest)
 
 
 def figure(outcomes: Outcomes, name: str) -> np.ndarray:

@@ -40,7 +40,7 @@ class SAESteering:
         sae: SAEs of a release.
         gamma: Strength of the shift in units of R, >= 0; None is the release's default.
         eta: Cosine threshold of labels, -1 to 1; None takes the labels as released.
-        layers: Only these layers; None is all.
+        layers: Only these layers; None is the release's default, all of them where it names none.
         on_empty: `raise` where nothing is removed or shifted to, or `pass` for an exact no-op.
         remove: What is removed, in place of the atoms labelled undesirable: names of concepts (an atom has
             the name of its nearest one), of groups or of labels, or atoms by layer; with strengths s, where 1
@@ -77,7 +77,7 @@ class SAESteering:
         check_on_empty(on_empty)
         self.gamma = number("gamma", sae.defaults["gamma"] if gamma is None else gamma, 0.0)
         self.eta = number("eta", sae.defaults["eta"] if eta is None else eta, -1.0, 1.0)
-        self.layers = chosen_layers(layers, sorted(sae.layers))
+        self.layers = chosen_layers(_default(sae) if layers is None else layers, sorted(sae.layers))
         self.base_model = sae.base_model
         self._saes = {layer: sae.layers[layer] for layer in self.layers}
         self.form = _form(form, self._saes)
@@ -187,6 +187,11 @@ class SAESteering:
             f"the largest cosine found is {cosines}; lower eta, raise gamma where only desirable atoms "
             "are labelled, or pass on_empty='pass' for an exact no-op"
         )
+
+
+def _default(sae: "SteeringSAE") -> list[int] | None:
+    """The layers that the release steers by default, of those that were loaded; None: all of these."""
+    return [layer for layer in sae.defaults.get("layers", ()) if layer in sae.layers] or None
 
 
 def _form(form: str | None, saes: dict[int, LayerSAE]) -> str:
