@@ -22,8 +22,8 @@ ATTEMPTS = 6
 LONGEST_WAIT = 300.0
 """Seconds waited at most, whatever a Hub asks for."""
 
-CAUGHT = (errors.HTTPError, OSError, ValueError, RuntimeError)
-"""What huggingface_hub raises when a Hub fails or refuses."""
+CAUGHT = (errors.HTTPError, OSError, ValueError, RuntimeError, KeyError)
+"""What huggingface_hub raises when a Hub fails, refuses, or answers without what it looks for there."""
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer\s+\S+)")
 
@@ -34,12 +34,12 @@ def status(error: BaseException | None) -> int | None:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether trying again may help: 429, 5xx, a lost connection, HTML where JSON was due."""
+    """Whether trying again may help: 429, 5xx, a lost connection, HTML or other JSON than was due."""
     if error is None or isinstance(error, errors.OfflineModeIsEnabled):
         return False
     if (code := status(error)) is not None:
         return code == 429 or code >= 500
-    if isinstance(error, errors.HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError):
+    if isinstance(error, errors.HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError | KeyError):
         return True
     # huggingface_hub wraps a failed upload in RuntimeError, a failed download in LocalEntryNotFoundError
     return is_transient(error.__cause__)

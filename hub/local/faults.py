@@ -7,6 +7,7 @@ with background(root, wrap=faults.around) as url:
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,14 @@ HTML = "<html>sorry</html>"
 
 
 class Dropped(Exception):
-    """Makes the server close the connection in the middle of an answer."""
+    """Makes the server close the connection in the middle of an answer; it is no error worth a traceback."""
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and record.exc_info[0] is Dropped)
+
+
+logging.getLogger("uvicorn.error").addFilter(_worth_telling)
 
 
 @dataclass
