@@ -1,8 +1,9 @@
-"""Which tokens a training step sees: drawn for each step, shared among processes, read one step ahead.
+"""Which tokens a training step sees: drawn for each step, shared among processes, read some steps ahead.
 
-Writes nothing; reads the rows of a step from the shards on disk, so that memory holds two batches, no more.
+Writes nothing; reads the rows of a step from the shards on disk, so that memory holds a few batches, no more.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from builders.recipe import SaeConfig
 from builders.sae_start import Tokens
 from daco.errors import RecipeError
+
+AHEAD = 4
+"""Batches read ahead, each by its own thread: a disk answers several at once, and a GPU waits for none."""
 
 
 def batch_index(seed: int, layer: int, step: int, size: int, n_tokens: int) -> np.ndarray:
@@ -37,17 +41,18 @@ def own_share(index: np.ndarray) -> np.ndarray:
 def batches(
     train: Tokens, config: SaeConfig, seed: int, layer: int, steps: range, device: str
 ) -> Iterator[Tensor]:
-    """The batches of these steps, or this process's share; the next is read while one is worked on."""
+    """The batches of these steps, or this process's share; the next are read while one is worked on."""
 
     def batch(step: int) -> Tensor:
         z = train.rows(own_share(batch_index(seed, layer, step, config.batch, len(train))))
         return z.pin_memory() if device.startswith("cuda") else z
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(batch, step) for step in steps[:1]]
+    with ThreadPoolExecutor(AHEAD) as pool:
+        ahead = deque(pool.submit(batch, step) for step in steps[:AHEAD])
         for step in steps:
-            z = ahead.pop().result()
-            ahead = [pool.submit(batch, step + 1)] if step + 1 in steps else []
+            z = ahead.popleft().result()
+            if step + AHEAD in steps:
+                ahead.append(pool.submit(batch, step + AHEAD))
             yield z.to(device, non_blocking=True)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,13 @@ class TokenShards:
         span = np.searchsorted(self.ends, index, side="right")
         shard, first, length = self.spans[span].T
         row = first + index - (self.ends[span] - length)
-        out = torch.empty(len(index), self.d_model)
-        for number in np.unique(shard):
-            here = torch.from_numpy(np.flatnonzero(shard == number))
-            out[here] = self.shards[number][torch.from_numpy(row)[here], self.position].float()
-        return out
+        order = np.argsort(shard, kind="stable")
+        rows, starts = torch.from_numpy(row[order]), np.flatnonzero(np.diff(shard[order], prepend=-1))
+        found = torch.empty(len(index), self.d_model, dtype=self.shards[0].dtype)
+        for start, end in pairwise([*starts.tolist(), len(index)]):
+            layer = self.shards[shard[order[start]]][:, self.position]
+            torch.index_select(layer, 0, rows[start:end], out=found[start:end])
+        return found[torch.from_numpy(np.argsort(order))].float()
 
     def blocks(self, size: int) -> Iterator[Tensor]:
         """All tokens in order, at most `size` at a time, `[n, d_model]` float32."""

@@ -11,7 +11,7 @@ from sae_rows import CONFIG
 from safetensors.torch import save_file
 from small_run import stimulus_ids
 
-from builders.sae_batches import batch_index, batches
+from builders.sae_batches import AHEAD, batch_index, batches
 from builders.tokens import TokenShards
 
 N_SHARDS, STIMULI, TOKENS, D_MODEL = 8, 16, 32, 1024
@@ -36,7 +36,7 @@ def shards(tmp_path_factory) -> TokenShards:
 
 def order(shards: TokenShards, steps: range, seed: int = 3) -> torch.Tensor:
     """Numbers of the tokens that these steps see, [steps, batch]."""
-    return torch.stack([z[:, 0].clone() for z in batches(shards, CONFIG, seed, 1, steps, "cpu")]).long()
+    return torch.tensor([z[:, 0].tolist() for z in batches(shards, CONFIG, seed, 1, steps, "cpu")]).long()
 
 
 def test_the_order_is_the_same_again_and_taken_up_at_any_step(shards):
@@ -65,7 +65,7 @@ def test_tokens_are_drawn_with_replacement_independently_of_one_another():
     )  # in the time of an epoch a token is seen once on average
 
 
-def test_no_more_than_one_batch_is_read_ahead(shards):
+def test_no_more_than_a_few_batches_are_read_ahead(shards):
     asked: list[int] = []
 
     class Counting:
@@ -79,7 +79,7 @@ def test_no_more_than_one_batch_is_read_ahead(shards):
             return shards.rows(index)
 
     for step, _ in enumerate(batches(Counting(), CONFIG, 3, 1, range(9), "cpu")):
-        assert step + 1 <= len(asked) <= step + 2
+        assert step + 1 <= len(asked) <= step + 1 + AHEAD
     assert asked == [CONFIG.batch] * 9
 
 
