@@ -131,7 +131,7 @@ def _alpha(dictionary: ConceptDictionary, z: Tensor) -> float:
     layer, chosen = dictionary.layers[0], 0.95
     for alpha in np.arange(0.9, 0.0, -0.05):
         code = MOP(dictionary, float(alpha), layers=[layer]).code(layer, z)
-        if (code != 0).sum() > K * len(z):
+        if (code != 0).sum() > min(K, z.shape[1] // 8) * len(z):
             break
         chosen = float(alpha)
     return chosen

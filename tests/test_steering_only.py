@@ -11,6 +11,7 @@ import pytest
 import small_sae
 import torch
 from release_fixture import write_model_release
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import daco.load
 from daco.errors import FormatError, IntegrityError, SteeringOnlyError
@@ -93,6 +94,34 @@ def test_topk_still_gives_ties_to_the_lower_index():
         order = (-pre.relu()).sort(dim=1, stable=True).indices[:, :k]
         expected = torch.zeros_like(pre).scatter(1, order, pre.relu().gather(1, order))
         assert torch.equal(top_k(pre, k), expected)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
+@pytest.mark.parametrize("form", ["exact", "threshold"])
+def test_a_token_waits_for_nothing_and_reads_rows_alone(activation, form, z):
+    sae = with_threshold(small_sae.steering_sae(activation=activation))
+    method = SAESteering(sae, form=form)
+    method.change(1, z)  # the weights are put in place once
+    with Calls() as calls:
+        method.change(1, z[:1])
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item"}
+    assert not waiting & set(calls.names)
+    assert len(calls.names) <= (18 if form == "exact" and activation == "topk" else 8)
+    read = {name: t for name, t in vars(method._weights[1].on(z.device)).items() if t is not None}
+    whole = [name for name, tensor in read.items() if small_sae.N_ATOMS in tensor.shape]
+    assert whole == (["W_enc", "b_enc"] if form == "exact" and activation == "topk" else [])
 
 
 # the compact files

@@ -1,0 +1,49 @@
+"""Counting many positions at once gives what counting one by one does, and keeps few of them."""
+
+import pytest
+import torch
+
+from daco.report import HELD, PLACES, Tally, layer_report
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 203, [5] * 40, [300, 1, 1, 70, 1], [1], [HELD]])
+def test_counts_are_those_of_every_position(sizes: list[int]) -> None:
+    n, tally = sum(sizes), Tally(7, torch.device("cpu"))
+    z, delta, strengths = draw(n, 32, seed=0), draw(n, 32, seed=1), draw(n, 7, seed=2).relu()
+    weight = draw(n, seed=3) > 0
+    weight[-1] = True
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        whole = size > 1  # several positions are chosen before, single ones by a weight
+        weight[part] = True if whole else weight[part]
+        tally.add(z[part], delta[part], strengths[part], None if whole else weight[part])
+        assert sum(len(held[0]) for held in tally._held) < HELD
+        start += size
+    tally.places += torch.tensor([0, 0, int(weight.sum())])
+    report = layer_report(3, tally, list(range(10, 17)), lambda atom: [str(atom)], shifted=False)
+    relative = (delta.norm(dim=1) / z.norm(dim=1))[weight]
+    assert report.positions == dict(zip(PLACES, (0, 0, int(weight.sum())), strict=True))
+    assert report.relative_change == pytest.approx(float(relative.mean()), rel=1e-12)
+    assert report.relative_change_max == pytest.approx(float(relative.max()), rel=1e-12)
+    fired = {found.atom - 10: found for found in report.atoms}
+    for atom in range(7):
+        own = strengths[weight, atom]
+        own = own[own != 0]
+        assert len(own) == (fired[atom].positions if atom in fired else 0)
+        if len(own):
+            assert fired[atom].mean_strength == pytest.approx(float(own.mean()), rel=1e-12)
+
+
+def test_a_report_may_be_read_again_and_counting_goes_on() -> None:
+    tally = Tally(1, torch.device("cpu"))
+    for expected in (1, 2, 3):
+        with torch.inference_mode():
+            tally.add(draw(1, 4, seed=0), draw(1, 4, seed=1), torch.ones(1, 1), None)
+        for _ in range(2):
+            report = layer_report(0, tally, [5], lambda atom: [], shifted=True)
+            assert report.atoms[0].positions == expected
