@@ -2,7 +2,16 @@
 
 from daco.dictionary import ConceptDictionary
 from daco.manifest import FORMAT_VERSION
-from daco.methods import MOP, ActAdd, Projection, SAESteering, SafetyPrompt
+from daco.methods import (
+    MOP,
+    OMP,
+    ActAdd,
+    ObliqueProjection,
+    Projection,
+    RefusalDirection,
+    SAESteering,
+    SafetyPrompt,
+)
 from daco.sae import SAE, LayerSAE
 from daco.sites import ModelFacts, find_trunk
 from daco.steering import Run, attach, steer
@@ -13,12 +22,15 @@ __version__ = "0.1.0"
 __all__ = [
     "FORMAT_VERSION",
     "MOP",
+    "OMP",
     "SAE",
     "ActAdd",
     "ConceptDictionary",
     "LayerSAE",
     "ModelFacts",
+    "ObliqueProjection",
     "Projection",
+    "RefusalDirection",
     "Run",
     "SAESteering",
     "SafetyPrompt",

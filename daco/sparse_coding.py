@@ -128,6 +128,7 @@ def elastic_net(
     """
     dtype = torch.promote_types(D.dtype, torch.float32)
     wide, D, alpha = z.to(dtype), D.to(dtype), alpha.to(dtype)[:, None]
+    gram = None if gram is None else gram.to(dtype)
     penalty = _Penalty(alpha * tau, alpha * (1 - tau), non_negative)
     code, gap = wide.new_zeros(len(z), len(D)), wide.new_zeros(len(z))
     for part in _parts(len(z), CHUNK):
@@ -211,7 +212,7 @@ def _solve_sets(
     found = []
     for part in _parts(len(z), max(1, ROOM // numbers)):
         some = atoms[part]
-        G = _gram(D[some]) if gram is None else gram[some[:, :, None], some[:, None, :]].to(D.dtype)
+        G = _gram(D[some]) if gram is None else gram[some[:, :, None], some[:, None, :]]
         problem = _Set(G, q[part].gather(1, some), _half(z[part]), penalty.of(part))
         found.append(_descend(problem, c[part], tol))
     return torch.cat(found)

@@ -1,31 +1,58 @@
-"""MOP: sparse coding on the dictionary itself (DESIGN 4.7)."""
+"""MOP and OMP: sparse coding on the dictionary itself (DESIGN 4.7)."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from daco.methods.method import (
-    Change,
-    Placed,
-    check_on_empty,
-    chosen_layers,
-    empty_notes,
-    no_polarity,
-    number,
-    raise_if,
-    shift,
-)
+from daco.methods.coding import ConceptRemoval
+from daco.methods.method import number
+from daco.pursuit import matching_pursuit
 from daco.sparse_coding import elastic_net
 
 if TYPE_CHECKING:
     from daco.dictionary import ConceptDictionary
 
 
-class MOP:
+class _SparseCoding(ConceptRemoval):
+    """What the two share: a code on all rows, of which the undesirable part is removed."""
+
+    def code(self, layer: int, z: Tensor) -> Tensor:
+        """Codes of activations `[n, d_model] -> [n, n_concepts]`."""
+        w = self._weights[layer].on(z.device)
+        z = z.to(w.D.dtype)
+        return self._code(z if w.centre is None else z - w.centre, w)
+
+    def strengths(self, layer: int, z: Tensor, w: Any) -> Tensor:
+        """The code's columns of undesirable concepts."""
+        return self.code(layer, z)[:, w.undesirable]
+
+    def _code(self, z: Tensor, w: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _place_all(
+        self,
+        dictionary: "ConceptDictionary",
+        dtype: torch.dtype,
+        centre: Mapping[int, Tensor] | None,
+        keep_gram: bool,
+    ) -> None:
+        self._weights = {}
+        for layer in self.layers:
+            rows, middle = self._unit_rows(dictionary, layer, dtype), (centre or {}).get(layer)
+            self._weights[layer] = self._placed(
+                dictionary,
+                layer,
+                rows,
+                D=rows,
+                undesirable=torch.from_numpy(self._undesirable),
+                centre=None if middle is None else middle.to(dtype),
+                gram=rows @ rows.T if keep_gram else None,
+            )
+
+
+class MOP(_SparseCoding):
     """Sparse coding on the dictionary itself: remove what undesirable concepts explain; the residual stays.
 
     `c = argmin 1/2 ||z - c D||^2 + alpha (tau ||c||_1 + (1 - tau)/2 ||c||^2)`; then
@@ -71,53 +98,31 @@ class MOP:
         dtype: torch.dtype = torch.float32,
         on_empty: str = "raise",
     ) -> None:
-        check_on_empty(on_empty)
         self.alpha = number("alpha", alpha, 0.0, 1.0, open_ends=True)
         self.tau = number("tau", tau, 0.0, 1.0)
         if not self.tau:
             raise ValueError("tau: expected above 0 to 1, got 0: without L1 no code is sparse")
-        self.gamma, self.non_negative = number("gamma", gamma, 0.0), non_negative
         self.tol, self.max_rounds = number("tol", tol, 0.0, 1.0, open_ends=True), max_rounds
-        self.layers = chosen_layers(layers, dictionary.layers)
-        self.base_model = dictionary.model
-        self._concepts = list(dictionary.concepts["concept"])
-        self._undesirable = np.flatnonzero(dictionary.mask("undesirable"))
-        self._desirable = np.flatnonzero(dictionary.mask("desirable"))
-        self._weights = {
-            layer: self._weights_of(dictionary, layer, dtype, (centre or {}).get(layer), keep_gram)
-            for layer in self.layers
-        }
+        self.non_negative = non_negative
+        super().__init__(dictionary, gamma, layers, on_empty)
+        self._place_all(dictionary, dtype, centre, keep_gram)
         self._uncertified: dict[torch.device, Tensor] = {}
-        self.nothing = (
-            "" if len(self._undesirable) or self.shifted(0) else no_polarity("undesirable", dictionary)
-        )
-        raise_if(self.nothing, on_empty)
 
     def __str__(self) -> str:
         return f"MOP, alpha {self.alpha:g}, tau {self.tau:g}, gamma {self.gamma:g}"
 
-    def is_empty(self, layer: int) -> bool:
-        """Whether nothing is removed or added."""
-        return bool(self.nothing)
+    def notes(self) -> list[str]:
+        """Why nothing happens, and codes that were used without a certificate."""
+        count = int(sum(int(found) for found in self._uncertified.values()))
+        missed = f"{count} codes not certified within {self.max_rounds} rounds; raise max_rounds or tol"
+        return super().notes() + ([missed] if count else [])
 
-    def change(self, layer: int, z: Tensor) -> Change:
-        """Codes and delta of activations `[n, d_model]`, in the method's dtype."""
-        w = self._weights[layer].on(z.device)
-        z = z.to(w.D.dtype)
-        strengths = self.code(layer, z)[:, w.undesirable]
-        return Change(w.shift - strengths @ w.removed, strengths)
-
-    def code(self, layer: int, z: Tensor) -> Tensor:
-        """Codes of activations `[n, d_model] -> [n, n_concepts]`; what is not certified is counted."""
-        w = self._weights[layer].on(z.device)
-        z = z.to(w.D.dtype)
-        z = z if w.centre is None else z - w.centre
+    def _code(self, z: Tensor, w: Any) -> Tensor:
         correlation = z @ w.D.T
-        alpha = self.alpha * correlation.abs().amax(-1) / self.tau
         solved = elastic_net(
             z,
             w.D,
-            alpha,
+            self.alpha * correlation.abs().amax(-1) / self.tau,
             self.tau,
             non_negative=self.non_negative,
             tol=self.tol,
@@ -129,38 +134,50 @@ class MOP:
         self._uncertified[z.device] = self._uncertified.get(z.device, 0) + uncertified
         return solved.code
 
-    def atoms(self, layer: int) -> list[int]:
-        """Rows of undesirable concepts."""
-        return [int(row) for row in self._undesirable]
 
-    def names(self, layer: int, atom: int) -> list[str]:
-        """The concept of a row."""
-        return [str(self._concepts[atom])]
+class OMP(_SparseCoding):
+    """Greedy coding: k concepts an activation, by orthogonal matching pursuit; undesirable ones are removed.
 
-    def shifted(self, layer: int) -> bool:
-        """Whether gamma and the desirable concepts make a shift."""
-        return self.gamma > 0 and len(self._desirable) > 0
+    Args:
+        dictionary: Directions, with polarity.
+        k: Concepts in a code, 1 to d_model.
+        gamma: Strength of the desirable shift in units of R, >= 0.
+        centre: By layer `[d_model]`: taken off z before coding.
+        layers: Only these layers; None is all.
+        keep_gram: Keep `D D^T` of each layer (900 MB for 15,000 concepts in float32): without it each of the
+            k steps reads the whole dictionary.
+        dtype: Of code and delta.
+        on_empty: `raise` where no concept is undesirable, or `pass`.
 
-    def notes(self) -> list[str]:
-        """Why nothing happens, and codes that were used without a certificate."""
-        count = int(sum(int(found) for found in self._uncertified.values()))
-        missed = f"{count} codes not certified within {self.max_rounds} rounds; raise max_rounds or tol"
-        return empty_notes(self) + ([missed] if count else [])
+    Raises:
+        ValueError: a parameter is out of range.
+        UnknownLayerError: a layer the dictionary does not have.
+        NothingToSteerError: no concept is undesirable (nor, with gamma > 0, desirable).
 
-    def _weights_of(
+    Source: Pati et al. 1993; as a solver for concepts arXiv 2406.04331.
+    """
+
+    def __init__(
         self,
         dictionary: "ConceptDictionary",
-        layer: int,
-        dtype: torch.dtype,
-        centre: Tensor | None,
-        keep_gram: bool,
-    ) -> Placed:
-        rows = normalize(dictionary.raw(layer).to(dtype), dim=-1)
-        return Placed(
-            D=rows,
-            undesirable=torch.from_numpy(self._undesirable),
-            centre=None if centre is None else centre.to(dtype),
-            removed=rows[torch.from_numpy(self._undesirable)],
-            gram=rows @ rows.T if keep_gram else None,
-            shift=shift(rows[torch.from_numpy(self._desirable)], self.gamma * dictionary.R[layer]),
-        )
+        k: int = 32,
+        *,
+        gamma: float = 0.0,
+        centre: Mapping[int, Tensor] | None = None,
+        layers: Sequence[int] | None = None,
+        keep_gram: bool = False,
+        dtype: torch.dtype = torch.float32,
+        on_empty: str = "raise",
+    ) -> None:
+        most = min(dictionary.model.hidden_size, len(dictionary.concepts))
+        if not 1 <= k <= most:
+            raise ValueError(f"k: expected 1 to {most} (d_model, or concepts), got {k!r}")
+        self.k = k
+        super().__init__(dictionary, gamma, layers, on_empty)
+        self._place_all(dictionary, dtype, centre, keep_gram)
+
+    def __str__(self) -> str:
+        return f"OMP, k {self.k}, gamma {self.gamma:g}"
+
+    def _code(self, z: Tensor, w: Any) -> Tensor:
+        return matching_pursuit(z, w.D, self.k, gram=w.gram)
