@@ -18,7 +18,7 @@ from builders.activations import Stimulus, linked_stimuli, open_mllm
 from builders.corpus import open_image
 from builders.directions import load_dictionary
 from builders.mllm import chat_inputs
-from builders.splice import Spliced, caption_labels, recovered, splice
+from builders.splice import Spliced, answered, recovered, splice
 from builders.stages import Work
 from builders.steering import load_steering, release_setting
 from builders.tokens import held_out
@@ -216,8 +216,7 @@ def _measure_batches(work: Work, dictionary: ConceptDictionary, stimuli: Sequenc
             figures = evaluate_batch(model, inputs, dictionary.layers, methods, setting.scope)
             write_atomic(folder / "figures.json", canonical_json(figures))
             if start < work.recipe.evaluate.splice_items:
-                labels = caption_labels(model, processor, inputs, [s.caption for s in batch])
-                spliced = splice(model, inputs, labels, saes)
+                spliced = splice(model, *answered(model, processor, inputs), saes)
                 write_atomic(folder / "spliced.json", canonical_json(spliced))
 
 

@@ -349,8 +349,8 @@ class EvaluateConfig:
     batch: int = 16
     """Stimuli a forward."""
     splice_items: int = 64
-    """Of these stimuli, those whose captions the model predicts through each layer's SAE (cross-entropy
-    recovered), rounded up to whole forwards; 0 = none."""
+    """Of these stimuli, those on which each layer's SAE is spliced in (cross-entropy recovered of the model's
+    own answers), rounded up to whole forwards; 0 = none."""
     gamma: float = 0.0
     """Strength of the desirable shift, in units of R; written as the steering default."""
     scope: str = "all"
@@ -373,6 +373,8 @@ class ReleaseConfig:
     """Licence of the release itself (concepts, links, directions, SAE)."""
     contact: str = ""
     """Where to ask for removals."""
+    removed: str = ""
+    """Text file of stimulus ids, one a line, that somebody asked to have removed: they are not released."""
     example: str = ""
     """What the model card asks about `example.png` of the base model's repo; empty: a text, no picture."""
 
@@ -408,6 +410,7 @@ LOCAL_FIELDS = {
     ("embeddings", "path"),
     ("stimuli", "service"),
     ("tune", "path"),
+    ("release", "removed"),
 }
 """Fields that name places on this machine; they never reach a manifest."""
 

@@ -1,11 +1,12 @@
-"""Cross-entropy recovered: what a model still knows of its text when a layer passes through its SAE.
+"""Cross-entropy recovered: how much of what a model would say is left when a layer passes through its SAE.
 
 Reads and writes nothing; the `evaluate` stage calls it on held-out stimuli. A layer's output is left as it
-is, replaced by its reconstruction, and replaced by zeros; all three predict the captions.
+is, replaced by its reconstruction, and replaced by zeros; all three predict the answers that the untouched
+model gives. Those it knows, whatever it was trained on: of users' texts a chat model may know little.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from builders.forward import modalities
+from builders.answers import answer_kinds, generated_ids, with_answers
 from builders.tokens import MODALITIES
 from daco.capture import block_output
 from daco.errors import ActivationError
 from daco.sae import SAE
 from daco.sites import site
+
+ANSWER = 16
+"""Tokens of an answer, at most."""
 
 
 class Spliced(NamedTuple):
@@ -52,18 +56,24 @@ def recovered(parts: Iterable[Spliced]) -> dict[str, float | int | None]:
     return {"ce_tokens": n, **means, "ce_recovered": share}
 
 
-def caption_labels(model: Any, processor: Any, inputs: Any, captions: Sequence[str]) -> Tensor:
-    """Labels [batch, tokens] of a batch of stimuli: its tokens within the captions, -100 elsewhere.
+@torch.no_grad()
+def answered(model: Any, processor: Any, inputs: Any, at_most: int = ANSWER) -> tuple[dict[str, Any], Tensor]:
+    """A batch with the model's own greedy answers behind it, and labels: the answers' tokens, -100 elsewhere.
 
     Args:
         model: The MLLM.
         processor: Its processor.
-        inputs: Of `builders.mllm.chat_inputs(processor, captions, ...)`.
-        captions: One a stimulus.
+        inputs: Of `builders.mllm.chat_inputs`, on the model's device.
+        at_most: Tokens of an answer.
+
+    Returns:
+        Inputs and labels [batch, tokens], as `splice` takes them.
     """
-    ids = inputs["input_ids"]
-    kinds = modalities(model, processor, ids.cpu(), captions).to(ids.device)
-    return ids.masked_fill(kinds != MODALITIES.index("caption"), -100)
+    said = generated_ids(model, processor, inputs, at_most)
+    whole = with_answers(dict(inputs), said, processor.tokenizer.pad_token_id or 0)
+    kinds = answer_kinds(model, whole["input_ids"].cpu(), [len(ids) for ids in said])
+    of_answer = (kinds == MODALITIES.index("generated")).to(whole["input_ids"].device)
+    return whole, whole["input_ids"].masked_fill(~of_answer, -100)
 
 
 @torch.no_grad()
