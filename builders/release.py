@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from builders.recipe import Recipe, model_name, public_recipe, repo_name
 from builders.stages import Work, done
 from builders.steering import TUNING, load_layer, read_tuning, release_setting, steering_config
 from daco.dictionary import ConceptDictionary
-from daco.errors import DacoError, IntegrityError
+from daco.errors import DacoError, IntegrityError, RecipeError
 from daco.manifest import (
     FORMAT_VERSION,
     canonical_json,
@@ -165,9 +166,33 @@ def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def stimuli_split(corpus: Path, links: Path, with_images: bool) -> Split:
+def removed_ids(path: str) -> pa.Array:
+    """Stimulus ids of a text file, one a line; none where there is no file to read.
+
+    Raises:
+        RecipeError: there is no such file, or a line is no stimulus id.
+    """
+    if not path:
+        return pa.array([], pa.string())
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise RecipeError(f"release.removed: expected a text file, got {path!r}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if line and not re.fullmatch("[0-9a-f]{16}", line):
+            raise RecipeError(f"{path}, line {number}: expected a stimulus id of 16 hex digits, got {line!r}")
+    return pa.array(sorted({line for line in lines if line}), pa.string())
+
+
+def links_without(path: Path, removed: pa.Array) -> pa.Table:
+    """The links of a stage but those of removed stimuli; ranks keep their gaps."""
+    links = read_table(path, LINKS)
+    return links.filter(pc.invert(pc.is_in(links["stimulus_id"], removed)))
+
+
+def stimuli_split(corpus: Path, links: pa.Table, with_images: bool) -> Split:
     """Stimuli that a link names, in the corpus's order; with their images where those may be passed on."""
-    wanted = pq.read_table(links, columns=["stimulus_id"]).column(0).combine_chunks().unique()
+    wanted = links["stimulus_id"].combine_chunks().unique()
     path = corpus / "stimuli.parquet"
     linked = pq.read_table(path, columns=["stimulus_id", "caption", "source_key", "image_url", "file"])
     linked = linked.filter(pc.is_in(linked["stimulus_id"], wanted))
@@ -200,11 +225,10 @@ def _image(file: Path, row: Mapping[str, str]) -> dict[str, Any]:
     return {"bytes": content, "path": f"{row['stimulus_id']}{file.suffix.lower()}"}
 
 
-def table_split(config: str, path: Path, schema: pa.Schema) -> Split:
+def table_split(config: str, table: pa.Table, schema: pa.Schema) -> Split:
     """A table of a stage, as it is."""
-    file = pq.ParquetFile(path)
-    tables = (pa.Table.from_batches([b]).select(schema.names) for b in file.iter_batches(TEXT_ROWS))
-    return Split(config, "train", schema, tables, file.metadata.num_rows, path.stat().st_size, TEXT_ROWS)
+    tables = (pa.Table.from_batches([batch]) for batch in table.select(schema.names).to_batches(TEXT_ROWS))
+    return Split(config, "train", schema, tables, table.num_rows, table.nbytes, TEXT_ROWS)
 
 
 def directions_split(
@@ -254,7 +278,8 @@ def dictionary_sha256(manifest: Mapping[str, Any], model: str) -> str:
 
 def write_dataset(work: Work, folder: Path) -> None:
     """Write the dataset release of a run: stimuli, links, concepts, and directions a layer."""
-    corpus, links = work.upstream("corpus"), work.upstream("stimuli") / "links.parquet"
+    corpus, removed = work.upstream("corpus"), removed_ids(work.recipe.release.removed)
+    links = links_without(work.upstream("stimuli") / "links.parquet", removed)
     dictionary = load_dictionary(work.upstream("polarity"), work.upstream("directions"))
     facts = json.loads((work.upstream("directions") / "facts.json").read_text("utf-8"))
     model = model_name(work.recipe)
@@ -262,7 +287,9 @@ def write_dataset(work: Work, folder: Path) -> None:
     parts = [
         stimuli,
         table_split("links", links, LINKS),
-        table_split("concepts", work.upstream("polarity") / "concepts.parquet", CONCEPTS),
+        table_split(
+            "concepts", read_table(work.upstream("polarity") / "concepts.parquet", CONCEPTS), CONCEPTS
+        ),
     ]
     parts += [
         directions_split(dictionary, layer, model, facts["n_positive"], facts["n_negative"])
@@ -272,8 +299,10 @@ def write_dataset(work: Work, folder: Path) -> None:
     for part in work.progress(parts, unit="split"):
         config = configs.setdefault(part.config, {"splits": {}, "columns": part.schema.names})
         config["splits"][part.split] = write_split(folder, part)
-    n_corpus = pq.ParquetFile(corpus / "stimuli.parquet").metadata.num_rows
-    counts = {"in": n_corpus, "out": stimuli.rows, "skipped": {"not_linked": n_corpus - stimuli.rows}}
+    ids = pq.read_table(corpus / "stimuli.parquet", columns=["stimulus_id"])["stimulus_id"]
+    n_removed = int(pc.sum(pc.is_in(ids, removed)).as_py() or 0)
+    skipped = {"not_linked": len(ids) - stimuli.rows - n_removed, "removed": n_removed}
+    counts = {"in": len(ids), "out": stimuli.rows, "skipped": skipped}
     manifest = _manifest(work, folder, "dataset", work.recipe.release.dataset, {"release": counts})
     manifest["configs"] = configs
     manifest["models"] = {model: {**facts["model"], "layers": dictionary.layers, "R": facts["R"]}}

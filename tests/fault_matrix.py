@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import huggingface_hub
 import huggingface_hub.constants
 from hub_fixture import ROOT, WRITER, LocalHub, running
 from huggingface_hub.hf_api import RepoFile
@@ -229,6 +230,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    huggingface_hub.logging.set_verbosity_error()
     well = matrix(arguments.only or [*ENDPOINTS])
     return 0 if kills(arguments.kills, arguments.seed) and well else 1
 

@@ -31,7 +31,7 @@ from small_run import (
 from builders import atoms, release
 from builders.recipe import model_name
 from daco import ConceptDictionary, SteeringSAE
-from daco.errors import IntegrityError
+from daco.errors import IntegrityError, RecipeError
 from daco.manifest import check_files, read_manifest
 from daco.tables import CONCEPTS, LINKS, STIMULI
 
@@ -59,18 +59,18 @@ def upstream(stages, tmp_path):
     return shutil.copytree(stages, tmp_path / "run")
 
 
-def recipe(**corpus):
+def recipe(removed="", **corpus):
     return small_recipe(
         corpus={"kind": "folder", "path": "/a/place/of/mine", "licence": "cc0-1.0"} | corpus,
         sae={"n_atoms": 37, "k": 3, "steps": 4, "batch": 17, "holdout": 0.3},
-        release={"org": "org", "dataset": "DACO-small", "version": "1.2.3"},
+        release={"org": "org", "dataset": "DACO-small", "version": "1.2.3", "removed": str(removed)},
         evaluate={"gamma": 0.5},
     )
 
 
-def run(out, killed_at=None, **corpus):
+def run(out, killed_at=None, removed="", **corpus):
     (out / "release" / "stage.json").unlink(missing_ok=True)
-    release.run(opened(recipe(**corpus), out, "release", killed_at))
+    release.run(opened(recipe(removed, **corpus), out, "release", killed_at))
     return out / "release"
 
 
@@ -125,6 +125,28 @@ def test_manifest_tells_the_whole_story(upstream):
     text = (folder / "manifest.json").read_text()
     assert "/a/place/of/mine" not in text
     assert str(upstream) not in text
+
+
+def test_stimuli_that_somebody_asked_to_remove_are_not_released(upstream, tmp_path):
+    linked = pq.read_table(upstream / "stimuli" / "links.parquet")["stimulus_id"].to_pylist()
+    asked = tmp_path / "removed.txt"
+    asked.write_text(f"{linked[0]}\n\n{linked[-1]}\n{'f' * 16}\n")  # the last one is none of this corpus
+    folder = run(upstream, removed=asked) / "dataset"
+    for config in ("stimuli", "links"):
+        ids = pq.read_table(folder / "data" / config / "train-00000-of-00001.parquet")["stimulus_id"]
+        assert not {linked[0], linked[-1]} & set(ids.to_pylist())
+    text = (folder / "manifest.json").read_text()
+    assert read_manifest(folder)["counts"]["release"]["skipped"]["removed"] == 2
+    assert linked[0] not in text
+    assert str(asked) not in text
+
+
+def test_a_bad_list_of_removals_is_named(upstream, tmp_path):
+    with pytest.raises(RecipeError, match=r"release\.removed: expected a text file"):
+        run(upstream, removed=tmp_path / "absent.txt")
+    (tmp_path / "bad.txt").write_text("0123456789abcdef\nhttps://example.org/a.png\n")
+    with pytest.raises(RecipeError, match=r"bad\.txt, line 2: expected a stimulus id of 16 hex digits"):
+        run(upstream, removed=tmp_path / "bad.txt")
 
 
 def test_vectors_load_with_datasets_map_style_and_streaming(upstream, tmp_path):
