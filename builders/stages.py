@@ -71,8 +71,8 @@ class Work:
             write_atomic(self.folder / STAGE, canonical_json({"fingerprint": fingerprint}))
         elif (self.folder / DONE).is_file():
             return False
-        for left_over in self.folder.glob(f"shards/{PARTIAL}*"):
-            shutil.rmtree(left_over)
+        for left_over in [*self.folder.glob(f"shards/{PARTIAL}*"), *self.folder.rglob(".*.partial")]:
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
         (self.folder / "shards").mkdir(exist_ok=True)
         return True
 

@@ -7,7 +7,7 @@ import pytest
 
 from builders.pipeline import run
 from builders.recipe import Recipe, load_recipe, recipe_of
-from builders.stages import Work, done, fingerprint, seal_sha256, summed_counts
+from builders.stages import Work, check_sizes, done, fingerprint, seal_sha256, summed_counts
 from daco.errors import DacoError, IntegrityError, RecipeError
 
 RECIPE = recipe_of({"model": {"tiny": "llava"}})
@@ -36,6 +36,20 @@ def test_a_failed_shard_leaves_nothing_and_a_finished_one_stays(tmp_path: Path) 
     assert work(tmp_path).open("f1")  # not done yet: opens again, and clears what was half-written
     assert [path.name for path in (tmp_path / "corpus" / "shards").iterdir()] == ["00000"]
     assert summed_counts(stage.shards()) == {"bad": 2}
+
+
+@pytest.mark.parametrize("name", [".done.json.partial", "layers.1/.facts.json.partial", ".model.partial/x"])
+def test_what_a_kill_left_half_written_is_not_sealed(tmp_path: Path, name: str) -> None:
+    stage = work(tmp_path)
+    stage.open("f1")
+    (tmp_path / "corpus" / "facts.json").write_text("{}")
+    left_over = tmp_path / "corpus" / name
+    left_over.parent.mkdir(exist_ok=True)
+    left_over.write_text("half")
+    assert stage.open("f1")
+    stage.finish({"in": 0, "out": 0, "skipped": {}})
+    assert set(done(tmp_path, "corpus")["files"]) == {"facts.json"}
+    check_sizes(tmp_path, "corpus")
 
 
 def test_a_finished_stage_is_skipped_until_its_fingerprint_changes(tmp_path: Path) -> None:
