@@ -23,6 +23,7 @@ from builders.answers import read_answers
 from builders.corpus import open_image
 from builders.forward import Read, read_batch
 from builders.mllm import load_mllm
+from builders.prefetch import prefetched
 from builders.prompts import Prompt, check_prompts, read_prompts
 from builders.recipe import ActivationsConfig, ModelConfig, Recipe
 from builders.stages import Work, summed_counts, writing
@@ -154,14 +155,16 @@ def _read(model: Any, processor: Any, config: ActivationsConfig, job: Job) -> Sh
 def read_stimuli_shard(
     model: Any, processor: Any, config: ActivationsConfig, stimuli: Sequence[Stimulus]
 ) -> Shard:
-    """Forward stimuli, `activations.batch` at a time; a plain function, to run anywhere.
+    """Forward stimuli, `activations.batch` at a time, the next images being opened meanwhile.
+
+    A plain function, to run anywhere.
 
     Raises:
         ActivationError: an activation is NaN or infinite.
     """
     shard = Shard([], [], Counter())
-    for start in range(0, len(stimuli), config.batch):
-        usable, skipped = _open_images(stimuli[start : start + config.batch], config.reading)
+    batches = (stimuli[start : start + config.batch] for start in range(0, len(stimuli), config.batch))
+    for usable, skipped in prefetched(lambda batch: _open_images(batch, config.reading), batches):
         shard.counts.update(skipped)
         if not usable:
             continue
@@ -178,8 +181,8 @@ def read_prompt_shard(
     """Forward prompts with their answers, those with an image first; else as `read_stimuli_shard`."""
     shard = Shard([], [], Counter())
     for group in ([p for p in prompts if p.image], [p for p in prompts if not p.image]):
-        for start in range(0, len(group), config.batch):
-            usable, skipped = _open_prompt_images(group[start : start + config.batch])
+        batches = (group[start : start + config.batch] for start in range(0, len(group), config.batch))
+        for usable, skipped in prefetched(_open_prompt_images, batches):
             shard.counts.update(skipped)
             if not usable:
                 continue

@@ -3,14 +3,13 @@
 Writes nothing; reads the rows of a step from the shards on disk, so that memory holds a few batches, no more.
 """
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from builders.prefetch import prefetched
 from builders.recipe import SaeConfig
 from builders.sae_start import Tokens
 from daco.errors import RecipeError
@@ -47,13 +46,8 @@ def batches(
         z = train.rows(own_share(batch_index(seed, layer, step, config.batch, len(train))))
         return z.pin_memory() if device.startswith("cuda") else z
 
-    with ThreadPoolExecutor(AHEAD) as pool:
-        ahead = deque(pool.submit(batch, step) for step in steps[:AHEAD])
-        for step in steps:
-            z = ahead.popleft().result()
-            if step + AHEAD in steps:
-                ahead.append(pool.submit(batch, step + AHEAD))
-            yield z.to(device, non_blocking=True)
+    for z in prefetched(batch, steps, AHEAD):
+        yield z.to(device, non_blocking=True)
 
 
 def is_first() -> bool:
