@@ -96,6 +96,25 @@ def test_topk_still_gives_ties_to_the_lower_index():
         assert torch.equal(top_k(pre, k), expected)
 
 
+def test_a_model_is_steered_by_what_was_chosen(tiny_llava):
+    model, _ = tiny_llava
+    facts = daco.ModelFacts.of(model)
+    sae = with_threshold(small_sae.steering_sae(facts, layers=(0, 1), dtype=torch.float32))
+    chosen = {"remove": {"c3": 1.0, "c4": 0.5}, "keep": {1: [27]}, "form": "threshold", "gamma": 0.0}
+    ids = torch.arange(5, 17)[None]
+    with sae.steer(model, base_model_ok=True, **chosen) as run, torch.no_grad():
+        steered = model(input_ids=ids).logits
+    handle = sae.attach(model, base_model_ok=True, **chosen)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, steered)
+    handle.remove()
+    assert [layer.labelled for layer in run.report().layers] == [4, 3]  # atoms 3, 4, 26, 27
+    assert any(layer.atoms for layer in run.report().layers)
+    assert any("calibrated threshold" in note for note in run.report().notes)
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=ids).logits, steered)
+
+
 class Calls(TorchDispatchMode):
     """Names of the operations that are run."""
 
