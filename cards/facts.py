@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from cards.escape import one_line
+from cards.tuning import TUNING, tuning_facts
 from daco.errors import FormatError, IntegrityError
 from daco.manifest import read_manifest
 from daco.sae_files import validate_config
@@ -62,7 +63,7 @@ EVALUATION_NOTES = {
     "fve_at_start": "the same before training",
     "l0": "atoms active per token",
     "dead": "atoms that never fired",
-    "ce": "cross-entropy of the model on held-out captions, in nats a token",
+    "ce": "cross-entropy of the model's own answers, in nats a token",
     "ce_spliced": "the same with the layer's output replaced by the SAE's reconstruction",
     "ce_ablated": "the same with zeros there",
     "ce_recovered": "share of what zeros lose that the reconstruction keeps",
@@ -132,6 +133,7 @@ def _common(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "name": one_line(release.get("pretty_name") or manifest["name"]),
         "repo_id": repo_id(manifest),
         "tag": f"v{manifest['version']}",
+        "yanked": dict(sorted(release.get("yanked", {}).items())),
         "format_version": manifest["format_version"],
         "licence": str(release.get("licence", "")),
         "contact": release.get("contact", ""),
@@ -293,6 +295,7 @@ def _model(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) 
         "steering": scalars(config.get("steering", {})),
         "layers": layers,
         "evaluation": tables_of(evaluation),
+        "tuning": tuning_facts(_json(folder / TUNING)) if (folder / TUNING).is_file() else {},
         "metadata": _model_metadata(config, facts),
     }
 

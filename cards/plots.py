@@ -1,4 +1,4 @@
-"""Plots as SVG text: small, crisp, the same bytes for the same numbers. Writes nothing."""
+"""Plots as SVG text, or PNG where a card shows them: the same bytes for the same numbers. Writes nothing."""
 
 import io
 import warnings
@@ -37,6 +37,19 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 Runs = tuple[Sequence[float], Sequence[Sequence[float]]]
 """Steps, and a row of values for every seed."""
+
+
+class Tried(NamedTuple):
+    """One setting that was tried when a release's defaults were chosen."""
+
+    unsafe: float
+    """Share of harmful requests obeyed."""
+    loss: float
+    """Largest share lost of what the choice watches beside safety."""
+    front: bool
+    """Whether no other setting is as good in both, and better in one."""
+    chosen: bool
+    """Whether the release steers so."""
 
 
 class Setting(NamedTuple):
@@ -110,6 +123,37 @@ def front(settings: Mapping[str, Sequence[Setting]], labels: Mapping[str, str]) 
     return _svg(figure)
 
 
+def choice(tried: Sequence[Tried], plain: float, allowed: float, spread: tuple[float, float] | None) -> bytes:
+    """What every setting leaves of unsafe answers and what it costs, as a PNG that a card shows.
+
+    Args:
+        tried: Settings.
+        plain: Share of harmful requests obeyed without steering.
+        allowed: Largest loss a chosen setting may have.
+        spread: 95 % interval of the chosen setting's unsafe share, if one was chosen.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    within = f"cost at most {100 * allowed:g} %"
+    axes.axhspan(0, allowed, color=COLOURS[2], alpha=0.10, linewidth=0, label=within)
+    axes.scatter([p.unsafe for p in tried], [p.loss for p in tried], s=22, color="#999999", label="tried")
+    front = sorted({(p.unsafe, p.loss) for p in tried if p.front} | {(plain, 0.0)})
+    style: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 1.3}
+    axes.plot(*zip(*front, strict=True), color=COLOURS[0], label="front", **style)
+    above: dict[str, Any] = {"clip_on": False, "zorder": 5}  # points on an axis are drawn whole
+    axes.scatter([plain], [0], s=60, marker="s", color=COLOURS[0], label="no steering", **above)
+    for p in (p for p in tried if p.chosen):
+        axes.scatter([p.unsafe], [p.loss], s=80, color=COLOURS[1], label="chosen", **above)
+        axes.plot(spread or (p.unsafe, p.unsafe), (p.loss, p.loss), color=COLOURS[1], linewidth=2, **above)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, max(2 * allowed, 1.08 * max((p.loss for p in tried), default=0.0), 0.01))
+    axes.set_xlabel("harmful requests obeyed (left is better)")
+    axes.set_ylabel("largest cost to the rest (down is better)")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=5)
+    return _png(figure)
+
+
 def _columns(points: Iterable[Setting]) -> tuple[list[float], list[float]]:
     found = list(points)
     return [p.unsafe for p in found], [p.utility for p in found]
@@ -169,6 +213,13 @@ def _svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from daco.errors import DacoError, RecipeError
 from daco.manifest import MANIFEST, read_manifest
 from hub import publish as publishing
 from hub.changes import changes as find_changes
-from hub.changes import write_changelog
+from hub.changes import write_changelog, yank
 from hub.local.server import serve as serve_hub
 from hub.remote import Target
 from hub.stage import stage as stage_folder
@@ -52,8 +52,17 @@ def serve(
 
 
 @app.command()
-def stage(folder: Folder, since: Since = None) -> None:
+def stage(
+    folder: Folder,
+    since: Since = None,
+    withdrawn: Annotated[
+        list[str], typer.Option("--yank", help="VERSION=REASON: an older version that nobody should use.")
+    ] = [],  # noqa: B006  typer makes a new one
+) -> None:
     """Render the card of a release folder and list it in the manifest; with --since its changelog too."""
+    for one in withdrawn:
+        version, _, reason = one.partition("=")
+        yank(folder, version.removeprefix("v"), reason)
     if since is not None:
         print(write_changelog(folder, since))
     stage_folder(folder)

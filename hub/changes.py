@@ -139,8 +139,28 @@ def write_changelog(folder: Path, since: str | Path) -> Changes:
     write_atomic(folder / CHANGELOG, _TITLE + _section(manifest["version"], found) + _history(before))
     manifest["files"][CHANGELOG] = file_entry(folder / CHANGELOG)
     manifest["facts"]["changes"] = {"since": found.since, "level": found.level}
+    if yanked := {**before.manifest["facts"].get("yanked", {}), **manifest["facts"].get("yanked", {})}:
+        manifest["facts"]["yanked"] = yanked  # what was withdrawn stays so
     write_manifest(folder, manifest)
     return found
+
+
+def yank(folder: Path, version: str, reason: str) -> None:
+    """Write into a release that an older version is withdrawn: the card says so, and publishing tags that one.
+
+    Raises:
+        RecipeError: the version is none, or not below the release's own; or there is no reason.
+    """
+    manifest = read_manifest(folder)
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version) or _numbers(version) >= _numbers(manifest["version"]):
+        raise RecipeError(
+            f"expected a version MAJOR.MINOR.PATCH below {manifest['version']} to withdraw, got {version!r}; "
+            "build the release that replaces it with a higher release.version"
+        )
+    if not reason.strip():
+        raise RecipeError(f"expected a reason to withdraw {version}, got none")
+    manifest["facts"].setdefault("yanked", {})[version] = reason.strip()
+    write_manifest(folder, manifest)
 
 
 def too_low(version: str, since: str, level: str) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+YANKED = "yanked-v"
+"""What the second tag of a withdrawn version starts with; its first one stays where it is."""
+
 KEPT = (".gitattributes",)
 """Files of the repo's own, which a release neither has nor deletes."""
 
@@ -104,6 +107,8 @@ class Plan:
     tagged: bool
     """The tag already exists on this very content."""
     refusals: tuple[Refusal, ...] = ()
+    withdraw: Mapping[str, str] = field(default_factory=dict)
+    """Tag to be made -> commit: the second tags of withdrawn versions."""
 
     @property
     def changes(self) -> tuple[Add | Delete, ...]:
@@ -118,7 +123,7 @@ class Plan:
     @property
     def done(self) -> bool:
         """Nothing is left to do."""
-        return self.tagged and not self.refusals
+        return self.tagged and not self.refusals and not self.withdraw
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-able facts."""
@@ -131,6 +136,7 @@ class Plan:
             "delete": [op.path for op in self.operations if isinstance(op, Delete)],
             "unchanged": [op.path for op in self.operations if isinstance(op, Unchanged)],
             "tagged": self.tagged,
+            "withdraw": sorted(self.withdraw),
             "bytes_to_send": self.bytes_to_send,
             "refusals": [vars(refusal) for refusal in self.refusals],
         }
@@ -140,6 +146,7 @@ class Plan:
         lines += [f"  refused  {refusal}" for refusal in self.refusals]
         lines += [f"  add      {op.path}  {op.bytes:,} B" for op in self.operations if isinstance(op, Add)]
         lines += [f"  delete   {op.path}" for op in self.operations if isinstance(op, Delete)]
+        lines += [f"  tag      {tag} at {commit}" for tag, commit in self.withdraw.items()]
         unchanged = len(self.operations) - len(self.changes)
         if self.done:
             return "\n".join([*lines[:1], "  nothing to do: the tag holds this very content"])
@@ -154,6 +161,7 @@ def make_plan(
     remote: Remote,
     refusals: Sequence[Refusal] = (),
     since: str = "",
+    yanked: Sequence[str] = (),
 ) -> Plan:
     """Compare a release with its repo.
 
@@ -165,6 +173,7 @@ def make_plan(
         remote: What the repo holds.
         refusals: Those already found offline.
         since: Version that the release's changelog compares it with; empty where it has none.
+        yanked: Older versions that the release says are withdrawn.
     """
     tag = f"v{version}"
     tagged = remote.tag_files is not None and not _changes(files, remote.tag_files)
@@ -177,7 +186,12 @@ def make_plan(
         elif newest != _numbers(since):
             found.append(_untold(repo_id, newest, since))
     operations = _operations(files, remote.tag_files if tagged and remote.tag_files else remote.files)
-    return Plan(repo_id, repo_type, tag, remote.head, operations, tagged, tuple(found))
+    withdraw = {
+        f"{YANKED}{old}": remote.tags[f"v{old}"]
+        for old in sorted(yanked)
+        if f"v{old}" in remote.tags and f"{YANKED}{old}" not in remote.tags
+    }
+    return Plan(repo_id, repo_type, tag, remote.head, operations, tagged, tuple(found), withdraw)
 
 
 def _changes(files: Mapping[str, File], there: Mapping[str, RemoteFile]) -> bool:

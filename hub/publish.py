@@ -30,7 +30,8 @@ from hub.stage import stage
 from hub.verify import verify
 
 LOOKS = 4
-"""Looks at the repo before one that shows no progress is trouble: to make it, to fill it, to see it done."""
+"""Looks at the repo before one that shows no progress is trouble: to make it, to fill it, to tag what is
+withdrawn, to see it done."""
 
 CONFLICTS = (409, 412)
 """Statuses that say the repo moved: the tag or repo appeared, or `main` has another head."""
@@ -63,6 +64,8 @@ class Release:
     """Path -> file, the manifest among them."""
     since: str = ""
     """Version its changelog compares it with; empty where it has none."""
+    yanked: tuple[str, ...] = ()
+    """Older versions that it says are withdrawn."""
 
     @classmethod
     def of(cls, folder: Path) -> "Release":
@@ -71,7 +74,7 @@ class Release:
         files = {name: File(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         files[MANIFEST] = File(path.stat().st_size, sha256_file(path))
         since = str(manifest["facts"].get("changes", {}).get("since", ""))
-        return cls(folder, manifest["version"], files, since)
+        return cls(folder, manifest["version"], files, since, tuple(manifest["facts"].get("yanked", {})))
 
     @property
     def tag(self) -> str:
@@ -82,7 +85,14 @@ class Release:
         """Compare it with what the repo holds."""
         files = {name: self._with_oid(name, remote) for name in self.files}
         return make_plan(
-            target.repo_id, target.repo_type, self.version, files, remote, refusals or (), self.since
+            target.repo_id,
+            target.repo_type,
+            self.version,
+            files,
+            remote,
+            refusals or (),
+            self.since,
+            self.yanked,
         )
 
     def _with_oid(self, name: str, remote: Remote) -> File:
@@ -194,10 +204,14 @@ class _Work:
         return plan
 
     def step(self, plan: Plan) -> None:
-        """Make the repo, or commit what differs and tag it."""
+        """Make the repo, or commit what differs and tag it, or tag what is withdrawn."""
         api, repo_id, repo_type = self.target.api, plan.repo_id, plan.repo_type
         if plan.head is None:
             api.create_repo(repo_id, repo_type=repo_type, private=self.private, exist_ok=True)
+            return
+        if plan.tagged:
+            for tag, at in plan.withdraw.items():
+                api.create_tag(repo_id, repo_type=repo_type, tag=tag, revision=at)
             return
         commit = self.commit(plan) if plan.changes else plan.head
         api.create_tag(repo_id, repo_type=repo_type, tag=plan.tag, revision=commit)

@@ -1,17 +1,19 @@
 """Makes a release folder ready to publish: renders its card and lists it in the manifest.
 
-Reads a release folder; writes `README.md` and `manifest.json` there. Running it again changes no byte.
+Reads a release folder; writes `README.md`, the pictures it shows and `manifest.json` there. Running it
+again changes no byte.
 """
 
 from pathlib import Path
 
 from cards.facts import CARD
 from cards.render import render
+from cards.tuning import PICTURE, pictures
 from daco.manifest import check_size, file_entry, read_manifest, write_atomic, write_manifest
 
 
 def stage(folder: Path) -> None:
-    """Render README.md into a release folder and write its entry into the manifest.
+    """Render README.md and its pictures into a release folder, and list them in the manifest.
 
     Raises:
         IntegrityError: a file of the release is missing or unreadable.
@@ -19,8 +21,12 @@ def stage(folder: Path) -> None:
     """
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
-        if name != CARD:  # which is about to be written
+        if name not in (CARD, PICTURE):  # which are about to be written
             check_size(folder / name, entry, name)
+    for name, content in pictures(folder).items():
+        write_atomic(folder / name, content)
+        manifest["files"][name] = file_entry(folder / name)
+        write_manifest(folder, manifest)  # the card lists them
     write_atomic(folder / CARD, render(folder))
     manifest["files"][CARD] = file_entry(folder / CARD)
     write_manifest(folder, manifest)

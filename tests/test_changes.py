@@ -15,7 +15,7 @@ from test_publish import DATASET, target
 from daco.errors import RecipeError, RefusedError
 from daco.manifest import canonical_json, file_entry, read_manifest, write_manifest
 from daco.tables import write_table
-from hub.changes import CHANGELOG, changes, next_version, too_low, write_changelog
+from hub.changes import CHANGELOG, changes, next_version, too_low, write_changelog, yank
 from hub.publish import plan, publish
 from hub.stage import stage
 
@@ -197,3 +197,34 @@ def test_publishing_asks_for_the_changelog_and_checks_the_version(
     (lowered / "manifest.json").write_text(canonical_json(manifest))
     refusals = plan(lowered, target(local_hub, DATASET)).refusals
     assert any("expected at least v1.2.0" in str(one) for one in refusals)
+
+
+def test_a_withdrawn_version_gets_a_second_tag_and_a_warning(
+    tmp_path: Path,
+    local_hub: LocalHub,  # noqa: F811
+    older: Path,
+    newer: Path,
+) -> None:
+    bad = publish(older, target(local_hub, DATASET)).commit
+    write_changelog(newer, older)
+    yank(newer, "1.0.0", "labels of <b>two</b> concepts were swapped")
+    planned = plan(newer, target(local_hub, DATASET))
+    assert planned.to_json()["withdraw"] == ["yanked-v1.0.0"]
+    good = publish(newer, target(local_hub, DATASET)).commit
+    refs = local_hub.api().list_repo_refs(DATASET, repo_type="dataset")
+    tags = {tag.name: tag.target_commit for tag in refs.tags}
+    assert tags == {"v1.0.0": bad, "v1.1.0": good, "yanked-v1.0.0": bad}
+    card = (newer / "README.md").read_text()
+    assert "**Do not use `v1.0.0`, it is withdrawn: labels of &#60;b&#62;two" in card
+    assert publish(newer, target(local_hub, DATASET)).committed is False
+    third = write_dataset_release(tmp_path / "third", version="1.1.1")
+    write_changelog(third, newer)
+    assert "1.0.0" in read_manifest(third)["facts"]["yanked"]
+
+
+def test_only_older_versions_can_be_withdrawn_and_with_a_reason(newer: Path) -> None:
+    for version in ("1.1.0", "2.0.0", "one"):
+        with pytest.raises(RecipeError, match=r"expected a version MAJOR\.MINOR\.PATCH below 1\.1\.0"):
+            yank(newer, version, "bad")
+    with pytest.raises(RecipeError, match="expected a reason to withdraw"):
+        yank(newer, "1.0.0", " ")
