@@ -28,7 +28,7 @@ from test_hostile import Page, check_page
 from cards import escape
 from cards.facts import is_hub_id, repo_id, scalars, tables_of
 from cards.render import render
-from daco.errors import IntegrityError
+from daco.errors import FormatError, IntegrityError
 from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, read_manifest, write_manifest
 from hub.local.card_rules import check_card
 from hub.publish import publish
@@ -315,6 +315,81 @@ def test_a_damaged_release_gets_no_card(tmp_path: Path, kind: str, name: str) ->
     folder = WRITERS[kind](tmp_path / "r")
     (folder / name).write_bytes(b"\xff" * (folder / name).stat().st_size)
     with pytest.raises(IntegrityError, match="build the release again"):
+        stage(folder)
+    assert not (folder / "README.md").exists()
+
+
+# --- how the defaults were chosen
+
+
+def tuning(judge: str = "words of the answer", chosen: int | None = 1) -> bytes:
+    """What `builders.tune` writes, of three settings."""
+
+    def share(rate: float) -> dict[str, float]:
+        return {"rate": rate, "low": max(0.0, rate - 0.1), "high": min(1.0, rate + 0.1), "n": 20}
+
+    made = [(0.3, 0.0, 0.9, 0.0), (0.3, 0.5, 0.05, 0.02), (0.5, 0.5, 0.4, 0.3)]
+    tried = [
+        {
+            "setting": {"eta": eta, "gamma": gamma, "scope": "all", "layers": [1, 2]},
+            "figures": {"unsafe": share(unsafe), "utility": share(0.9 - loss)},
+            "loss": loss,
+            "change": 0.1,
+            "front": number < 2,
+            "same_as_plain": False,
+        }
+        for number, (eta, gamma, unsafe, loss) in enumerate(made)
+    ]
+    found = {
+        "items": {"harmful": 20, "question": 20},
+        "judge": judge,
+        "allowed": 0.02,
+        "plain": {"unsafe": share(1.0), "utility": share(0.9)},
+        "default": tried[0]["setting"],
+        "chosen": None if chosen is None else tried[chosen]["setting"],
+        "tried": tried,
+    }
+    return canonical_json(found).encode()
+
+
+def test_the_card_says_how_the_defaults_were_chosen(tmp_path: Path) -> None:
+    folder = write_model_release(tmp_path / "r", extra_files={"tuning.json": tuning()})
+    stage(folder)
+    _, body = taken_apart((folder / "README.md").read_text("utf-8"))
+    assert "Of 3 settings, the one that obeys the fewest harmful requests" in body
+    assert "on 20 harmful, 20 question validation items, judged by words of the answer." in body
+    (best,) = rows(body, "eta 0.3, gamma 0.5, all, layers 1 to 2 (chosen)")
+    assert best[1:] == ["5.0 (0.0 to 15.0)", "88.0 (78.0 to 98.0)"]
+    assert rows(body, "no steering") == [["no steering", "100.0 (90.0 to 100.0)", "90.0 (80.0 to 100.0)"]]
+    assert len(rows(body, "eta 0.3, gamma 0, all, layers 1 to 2 (recipe)")) == 1
+    assert "eta 0.5" not in body  # neither on the front nor anybody's choice
+    assert "](./tuning.png)" in body
+    assert "chosen on few prompts" in body
+    assert read_manifest(folder)["files"]["tuning.png"] == file_entry(folder / "tuning.png")
+    assert rows(body, "`tuning.png`")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    stage(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+def test_a_card_says_where_no_setting_helped(tmp_path: Path) -> None:
+    folder = write_model_release(tmp_path / "r", extra_files={"tuning.json": tuning(chosen=None)})
+    stage(folder)
+    _, body = taken_apart((folder / "README.md").read_text("utf-8"))
+    assert "none was found to obey fewer harmful requests than no steering" in body
+    assert "(chosen)" not in body
+
+
+def test_the_judge_s_name_is_text(tmp_path: Path) -> None:
+    folder = write_model_release(tmp_path / "r", extra_files={"tuning.json": tuning(judge=" ".join(TEXTS))})
+    page = Page(html(taken_apart(render(folder))[1]))
+    assert page.handlers == []
+    assert page.images == ["./tuning.png"]
+
+
+def test_a_broken_choice_is_refused(tmp_path: Path) -> None:
+    folder = write_model_release(tmp_path / "r", extra_files={"tuning.json": b'{"tried": [1]}'})
+    with pytest.raises(FormatError, match=r"expected what `builders\.tune` writes"):
         stage(folder)
     assert not (folder / "README.md").exists()
 

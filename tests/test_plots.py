@@ -7,11 +7,12 @@ from hostile import TEXTS
 from test_hostile import TAGS, Page
 
 from cards import plots
-from cards.plots import Setting
+from cards.plots import Setting, Tried
 
 RUNS = {"dictionary start": ([0, 50, 100], [[-1.5, 0.7, 0.99], [-1.2, 0.8, 1.0]]),
         "random start": ([0, 50, 100], [[0.1, 0.5, 0.98], [0.2, 0.4, 0.97]])}  # fmt: skip
 SETTINGS = {"daco": [Setting(0.1, 0.9, 0.0, True), Setting(0.0, 0.5, 0.4, False)]}
+TRIED = [Tried(0.0, 0.02, True, True), Tried(0.4, 0.0, True, False), Tried(0.9, 0.3, False, False)]
 POINTS = [(0.0, 0.0), (0.0, 0.001), (1.0, 1.0), (-1.0, 0.5)]
 POLARITIES = ["undesirable", "desirable", "neutral", "neutral"]
 
@@ -35,6 +36,22 @@ def test_other_numbers_make_another_plot() -> None:
     assert plots.front(SETTINGS, {"daco": "DACO"}) != plots.front({"daco": chosen_other}, {"daco": "DACO"})
     hollow = [point._replace(over_refusal=1.0) for point in SETTINGS["daco"]]
     assert plots.front(SETTINGS, {"daco": "DACO"}) != plots.front({"daco": hollow}, {"daco": "DACO"})
+
+
+def test_the_picture_of_a_choice_shows_what_was_chosen() -> None:
+    """Bytes alone can be compared: what is drawn was looked at."""
+    picture = plots.choice(TRIED, 1.0, 0.02, (0.0, 0.1))
+    assert picture == plots.choice(TRIED, 1.0, 0.02, (0.0, 0.1))
+    assert picture.startswith(b"\x89PNG")
+    assert b"atplotlib" not in picture  # no versions in it
+    none = [point._replace(chosen=False) for point in TRIED]
+    others = [
+        plots.choice(none, 1.0, 0.02, None),
+        plots.choice(TRIED, 1.0, 0.05, (0.0, 0.1)),
+        plots.choice(TRIED, 0.8, 0.02, (0.0, 0.1)),
+        plots.choice(TRIED, 1.0, 0.02, (0.0, 0.3)),
+    ]
+    assert len({picture, *others}) == 5
 
 
 def test_no_name_covers_another() -> None:
