@@ -23,7 +23,7 @@ from builders.vision import ensure_torchvision
 from daco.capture import capture
 from daco.errors import UnsupportedModelError
 from daco.models import STATUSES
-from daco.sites import find_trunk, image_token_ids
+from daco.sites import IMAGE_TOKENS, find_trunk
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "daco" / "models.json"
@@ -113,7 +113,8 @@ def resolve(model: Listed) -> dict[str, Any]:
     except UnsupportedModelError as error:
         because = _short(error).removeprefix(f"{type(built).__name__}: ")
         return row | {"status": "does not", "because": because}
-    return row | {"status": "resolves", "image_scope": bool(image_token_ids(built)), "forward": forward}
+    named = any(hasattr(config, name) for name in IMAGE_TOKENS)  # a default may be None where releases set it
+    return row | {"status": "resolves", "image_scope": named, "forward": forward}
 
 
 def first_blocks_run(model: Any) -> bool:

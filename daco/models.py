@@ -32,7 +32,7 @@ def supported() -> pd.DataFrame:
         One row a class and model type: `name` (as people call it; empty where nothing but its config was
         tried), `model_type`, `model_class`, `takes` ("images and text" or "text"), `status` (of STATUSES),
         `because` (why it does not resolve), `shown` (what the tests showed, comma separated), `image_scope`
-        (whether its image tokens can be told apart, for `scope="image"`) and `forward` (whether its first
+        (whether its config names its image tokens, for `scope="image"`) and `forward` (whether its first
         blocks gave the residual stream in a forward of shapes alone; False also where none could be made).
 
     Example:

@@ -14,6 +14,8 @@ from daco.errors import ModelMismatchError, UnknownLayerError, UnsupportedModelE
 _CACHED = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _INNER = ("language_model", "model", "decoder", "transformer")
+IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+"""Config names of the placeholders of images and videos."""
 _BLOCKS = ("layers", "h", "blocks")
 _STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
 """Config names of how many residual streams run side by side (Gemma 3n's AltUp, hyper-connections)."""
@@ -185,8 +187,7 @@ def site(model: nn.Module, layer: int) -> nn.Module:
 def image_token_ids(model: nn.Module) -> tuple[int, ...]:
     """Ids of the placeholders at whose places image or video patches enter the trunk."""
     config = transformers_model(model).config
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    found = {getattr(config, name, None) for name in names}
+    found = {getattr(config, name, None) for name in IMAGE_TOKENS}
     return tuple(sorted(token for token in found if isinstance(token, int)))
 
 

@@ -34,6 +34,7 @@ VISION = {
     "patch_size": PATCH,
     "initializer_range": 24**-0.5,
 }
+SIGLIP = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
 QWEN_VISION = {
     "depth": N_LAYERS,
     "hidden_size": 24,
@@ -43,6 +44,9 @@ QWEN_VISION = {
     "out_hidden_size": WIDTH,
     "initializer_range": 24**-0.5,
 }
+_HEAD = {**TRUNK, "head_dim": 8}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "intermediate_size": 36}
+"""Widths that the product of expert groups takes: rows of 16 bytes."""
 MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1]}
 QWEN_IDS = {
     "image_token_id": IMAGE,
@@ -104,7 +108,7 @@ MULTIMODAL = (
     _llava(
         "LLaVA-OneVision",
         "LlavaOnevisionConfig",
-        vision={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+        vision=SIGLIP,
         whole={"image_token_index": IMAGE, "video_token_index": VIDEO, "image_grid_pinpoints": WIDE},
         image_tokens=16 + 4 * (8 + 1),
         pixels=(3, 3, SIDE, SIDE),
@@ -166,7 +170,7 @@ MULTIMODAL = (
             "sliding_window": 6,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         },
-        vision={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+        vision=SIGLIP,
         whole={"image_token_index": IMAGE, "mm_tokens_per_image": 4},
         image_tokens=4,
         marks="token_type_ids",
@@ -197,9 +201,68 @@ MULTIMODAL = (
         pixels=(3, SIDE, 2 * SIDE),
         sizes={"image_sizes": [32, 64]},
     ),
+    _llava(
+        "PaliGemma",
+        "PaliGemmaConfig",
+        text={**_HEAD, "model_type": "gemma"},
+        vision={**SIGLIP, "projection_dim": WIDTH},
+        whole={"image_token_index": IMAGE, "projection_dim": WIDTH},
+        marks="token_type_ids",
+    ),
+    _llava(
+        "Aya Vision",
+        "AyaVisionConfig",
+        text={**_HEAD, "model_type": "cohere2", "sliding_window": 6},
+        vision=SIGLIP,
+        whole={"image_token_index": IMAGE, "downsample_factor": 2, "alignment_intermediate_size": 36},
+        image_tokens=4,
+    ),
+    _llava(
+        "GLM-4.1V",
+        "Glm4vConfig",
+        text={**TRUNK, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        vision={**QWEN_VISION, "image_size": SIDE},
+        whole={**QWEN_IDS, "image_start_token_id": VISION_START, "image_end_token_id": VISION_END},
+        image_tokens=8,
+        pixels=(32, 3 * 2 * PATCH**2),
+        sizes={"image_grid_thw": [1, 4, 8]},
+        marks="mm_token_type_ids",
+    ),
+    _llava(
+        "Qwen3-VL-MoE",
+        "Qwen3VLMoeConfig",
+        text={**_HEAD, **MOE, "num_experts": 4, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        vision={**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]},
+        whole=QWEN_IDS,
+        image_tokens=8,
+        pixels=(32, 3 * 2 * PATCH**2),
+        sizes={"image_grid_thw": [1, 4, 8]},
+        marks="mm_token_type_ids",
+        dtype=torch.float32,  # torch has no float64 product of expert groups
+        tolerance=1e-4,
+    ),
+    _llava(
+        "Qwen3.5",
+        "Qwen3_5Config",
+        text={
+            **_HEAD,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+        },
+        vision={**QWEN_VISION, "num_position_embeddings": 16},
+        whole=QWEN_IDS,
+        image_tokens=8,
+        pixels=(32, 3 * 2 * PATCH**2),
+        sizes={"image_grid_thw": [1, 4, 8]},
+        marks="mm_token_type_ids",
+        tolerance=1e-4,  # its linear attention is float32: by chunks in a prompt, token by token behind it
+    ),
 )
 
-_HEAD = {**TRUNK, "head_dim": 8}
 TEXT = (
     Family("Llama", "LlamaConfig", "model.layers", TRUNK),
     Family("Qwen2", "Qwen2Config", "model.layers", TRUNK),
@@ -213,6 +276,30 @@ TEXT = (
         {**_HEAD, "sliding_window": 6},
         dtype=torch.float32,  # in float64 its attention gives NaN at padding: eager, with a float32 softmax
         tolerance=1e-4,
+    ),
+    Family("Phi-3", "Phi3Config", "model.layers", TRUNK),
+    Family("OLMo 2", "Olmo2Config", "model.layers", TRUNK),
+    Family(
+        "Mixtral",
+        "MixtralConfig",
+        "model.layers",
+        {**TRUNK, **MOE, "num_local_experts": 4},
+        dtype=torch.float32,
+        tolerance=1e-4,
+    ),
+    Family(
+        "GPT-OSS",
+        "GptOssConfig",
+        "model.layers",
+        {**_HEAD, **MOE, "num_local_experts": 4, "sliding_window": 6},
+        dtype=torch.float32,
+        tolerance=1e-4,
+    ),
+    Family(
+        "Falcon",
+        "FalconConfig",
+        "transformer.h",
+        {name: size for name, size in TRUNK.items() if name != "num_key_value_heads"},
     ),
     Family("Gemma 3 (text)", "Gemma3TextConfig", "model.layers", {**_HEAD, "sliding_window": 6}),
     Family("GPT-NeoX", "GPTNeoXConfig", "gpt_neox.layers", TRUNK),
@@ -287,11 +374,12 @@ def _pixels(family: Family, images: tuple[int, ...], draw: torch.Generator) -> d
     if not sum(images):
         return {}
     drawn = [torch.randn(n, *family.pixels, generator=draw, dtype=torch.float64) for n in images]
+    drawn = [pixels.to(family.dtype) for pixels in drawn]
     if family.by_row:
         most = max(images)
-        empty = [torch.zeros(most - n, *family.pixels, dtype=torch.float64) for n in images]
+        empty = [torch.zeros(most - n, *family.pixels, dtype=family.dtype) for n in images]
         return {"pixel_values": torch.stack([torch.cat(pair) for pair in zip(drawn, empty, strict=True)])}
     pixels = torch.cat(drawn)
-    if family.name.startswith("Qwen"):  # patches of all images in one list
+    if "image_grid_thw" in family.sizes:  # patches of all images in one list
         pixels = pixels.flatten(0, 1)
     return {"pixel_values": pixels} | {k: torch.tensor([v] * sum(images)) for k, v in family.sizes.items()}

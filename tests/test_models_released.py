@@ -160,6 +160,38 @@ RELEASED = [
         {"model_type": "pixtral"},
     ),
     Released(
+        "PaliGemmaConfig",
+        "google/paligemma-3b-pt-224",
+        "memory",
+        2048,
+        18,
+        27,
+        {"model_type": "gemma", "head_dim": 256, **heads(8, 1)},
+        SIGLIP,
+    ),
+    Released(
+        "AyaVisionConfig",
+        "CohereLabs/aya-vision-8b",
+        "memory",
+        4096,
+        32,
+        27,
+        {"model_type": "cohere2", **heads(32, 8)},
+        SIGLIP,
+    ),
+    Released("Glm4vConfig", "zai-org/GLM-4.1V-9B-Thinking", "memory", 4096, 40, 24, heads(32, 2)),
+    Released(
+        "Qwen3VLMoeConfig",
+        "Qwen/Qwen3-VL-30B-A3B-Instruct",
+        "memory",
+        2048,
+        48,
+        27,
+        {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, **heads(32, 4)},
+        {"out_hidden_size": 2048},
+    ),
+    Released("Qwen3_5Config", "Qwen/Qwen3.5-9B", "memory: its class's defaults", 4096, 32, 27),
+    Released(
         "LlamaConfig",
         "meta-llama/Llama-3.1-8B-Instruct",
         "https://github.com/vulkomilev/oumi configs/recipes/llama3_1/README.md",
@@ -207,6 +239,11 @@ RELEASED = [
         42,
         text={"head_dim": 256, **heads(16, 8)},
     ),
+    Released("Phi3Config", "microsoft/Phi-3-mini-4k-instruct", "memory", 3072, 32, text=heads(32, 32)),
+    Released("Olmo2Config", "allenai/OLMo-2-1124-7B", "memory", 4096, 32, text=heads(32, 32)),
+    Released("MixtralConfig", "mistralai/Mixtral-8x7B-v0.1", "memory", 4096, 32, text=heads(32, 8)),
+    Released("GptOssConfig", "openai/gpt-oss-20b", "memory", 2880, 24, text=heads(64, 8)),
+    Released("FalconConfig", "tiiuae/falcon-7b", "memory", 4544, 32, text={"num_attention_heads": 71}),
     Released("Gemma3TextConfig", "google/gemma-3-1b-it", "memory", 1152, 26, text=heads(4, 1)),
     Released(
         "GPTNeoXConfig",
@@ -234,7 +271,7 @@ def on_meta(released: Released) -> nn.Module:
     kind = getattr(transformers, released.config)
     text = {"hidden_size": released.hidden_size, "num_hidden_layers": released.n_layers, **released.text}
     if released.vision_layers:
-        depth = "depth" if released.config.startswith("Qwen") else "num_hidden_layers"
+        depth = "depth" if released.config.startswith(("Qwen", "Glm")) else "num_hidden_layers"
         config = kind(text_config=text, vision_config={depth: released.vision_layers, **released.vision})
         auto = transformers.AutoModelForImageTextToText
     else:
