@@ -128,7 +128,17 @@ def _item(row: Mapping[str, Any], root: Path) -> Item | str:
         return "question_without_answer"
     name = row.get("image") or ""
     image = image_of(name, root) if name else None
-    return image if isinstance(image, str) else Item(kind, prompt, answer, image)
+    if isinstance(image, str):
+        return image
+    return Item(kind, prompt, answer, image) if image is None or _opens(image) else "unreadable_image"
+
+
+def _opens(image: Path) -> bool:
+    try:
+        open_image(image)
+    except Exception:  # Pillow's plug-ins agree on no class
+        return False
+    return True
 
 
 def words(text: str) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from builders.pipeline import run as run_pipeline
-from builders.recipe import Recipe, load_recipe
-from builders.toyworld import arms, compare, judge, world
+from builders.recipe import Recipe, TuneConfig, load_recipe
+from builders.toyworld import arms, compare, front, judge, world
 from builders.toyworld.bench import FIGURES, Bench, figure, prompted, suites_of
 from builders.toyworld.truth import truth_dictionary, truth_links
 from daco.errors import RecipeError
@@ -163,6 +163,27 @@ def test_tuning_tries_all_and_resumes(bench: Bench) -> None:
     times = [path.stat().st_mtime_ns for path in kept]
     assert compare.tune(bench, few, 2, lambda cells: cells) == found
     assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_the_front_is_held_against_the_recipe_s_own_setting(bench: Bench) -> None:
+    config = TuneConfig(items=4, eta=(0.3,), gamma=(0.0, 0.1), scope=("prompt",), budget=6)
+    found = front.run(bench, 4, grid=config)
+    own = found["tuning"]["one"]["default"]
+    assert (own["eta"], own["gamma"], own["scope"]) == (0.5, 0.1, "prompt")  # of the demo's recipe
+    assert found["tuning"]["one"]["items"] == {"harmful": 4, "harmless": 4, "question": 4}
+    assert set(found["tuning"]) == {"one", "group"}
+    rows = {(row["name"], row["centroids"]): row for row in found["held_out"]}
+    demo = rows["demo", front.CENTROIDS["one"]]
+    assert all(value == {"mean": 0, "low": 0, "high": 0} for value in demo["to_demo"].values())
+    plain = rows["no steering", front.CENTROIDS["one"]]
+    rates = [row["figures"]["unsafe"]["rate"] for row in (plain, demo)]
+    assert plain["to_demo"]["unsafe"]["mean"] == pytest.approx(rates[0] - rates[1])
+    alone = [row["setting"]["layers"] for name, row in rows.items() if name[0].endswith("alone")]
+    assert alone == [(1,), (2,)]
+    kept = {path: path.stat().st_mtime_ns for path in (bench.folder / "front").rglob("*.json")}
+    again = front.run(bench, 4, grid=config)
+    assert again == found
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_without_chosen_settings_the_command_is_named(tmp_path: Path) -> None:

@@ -79,8 +79,10 @@ def test_rows_that_are_no_items_are_counted_by_reason(tmp_path):
         {"prompt": "what is this", "kind": "question"},
         {"prompt": "y" * 10_001, "kind": "harmful"},
         {"prompt": "z", "kind": "harmful", "image": "../../etc/passwd"},
+        {"prompt": "z", "kind": "harmful", "image": "broken.png"},
         {"prompt": "one more", "kind": "harmful"},
     ]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
     items, skipped = judge.read_items(table(tmp_path, ITEMS + more), 2)
     assert len(items) == len(ITEMS)
     assert skipped == {
@@ -89,6 +91,7 @@ def test_rows_that_are_no_items_are_counted_by_reason(tmp_path):
         "question_without_answer": 1,
         "long_prompt": 1,
         "outside_folder": 1,
+        "unreadable_image": 1,
         "over_limit": 1,
     }
 
