@@ -146,7 +146,7 @@ def write_changelog(folder: Path, since: str | Path) -> Changes:
 
 
 def yank(folder: Path, version: str, reason: str) -> None:
-    """Write into a release that an older version is withdrawn: the card says so, and publishing tags that one.
+    """Write into a release that an older version is withdrawn: the card says so, publishing tags it again.
 
     Raises:
         RecipeError: the version is none, or not below the release's own; or there is no reason.
