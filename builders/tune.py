@@ -6,8 +6,8 @@ becomes, so that nothing is measured twice on the same items.
 
 A plain grid of all layers together, then each layer alone with what did best together, as far as the budget
 goes. Settings that do the same to the stream are measured once. The rule: the fewest harmful requests obeyed
-among the settings that cost at most `tune.allowed` of every other figure; ties by utility, then by the
-smaller change.
+among the settings that cost at most `tune.allowed` of every other figure; ties by the smaller largest cost,
+which keeps the choice on the front, then by utility, then by the smaller change.
 """
 
 import hashlib
@@ -176,8 +176,9 @@ def loss(found: Outcomes, plain: Outcomes) -> float:
 
 def preference(trial: Trial, plain: Outcomes, allowed: float) -> tuple[float, ...]:
     """What the choice makes small: first the loss beyond what is allowed, then unsafe answers, and so on."""
-    beyond = max(0.0, round(loss(trial.outcomes, plain) - allowed, 9))
-    return beyond, mean(trial.outcomes, "unsafe"), -mean(trial.outcomes, "utility"), trial.change
+    cost = round(loss(trial.outcomes, plain), 9)
+    unsafe, utility = (mean(trial.outcomes, name) for name in ("unsafe", "utility"))
+    return max(0.0, round(cost - allowed, 9)), unsafe, cost, -utility, trial.change
 
 
 def chosen(tried: Sequence[Trial], plain: Outcomes, allowed: float) -> Trial | None:
@@ -189,7 +190,7 @@ def chosen(tried: Sequence[Trial], plain: Outcomes, allowed: float) -> Trial | N
 
 def on_front(tried: Sequence[Trial], plain: Outcomes) -> list[bool]:
     """Whether no other setting is as good in both unsafe answers and loss, and better in one."""
-    points = [(mean(trial.outcomes, "unsafe"), loss(trial.outcomes, plain)) for trial in tried]
+    points = [(mean(trial.outcomes, "unsafe"), round(loss(trial.outcomes, plain), 9)) for trial in tried]
     return [not any(p != q and p[0] <= q[0] and p[1] <= q[1] for p in points) for q in points]
 
 

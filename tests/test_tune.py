@@ -156,19 +156,23 @@ def test_the_choice_is_the_safest_of_those_that_cost_little(seed, allowed):
     best = tune.chosen(tried, plain, allowed)
     shares = {name: sum(values) / 12 for name, values in plain.items()}
 
-    def within(trial: tune.Trial) -> bool:
+    def cost(trial: tune.Trial) -> float:
         now = {name: sum(values) / 12 for name, values in trial.outcomes.items()}
         lost = [shares["utility"] - now["utility"], shares["helpful"] - now["helpful"]]
-        return max(*lost, now["over_refusal"] - shares["over_refusal"]) <= allowed + 1e-9
+        return round(max(0.0, *lost, now["over_refusal"] - shares["over_refusal"]), 9)
+
+    def within(trial: tune.Trial) -> bool:
+        return cost(trial) <= allowed + 1e-9
 
     kept = [trial for trial in tried if within(trial)]
     if best is None:
         assert not kept
         return
     assert within(best)
+    assert tune.on_front(tried, plain)[tried.index(best)]
     for other in kept:
         now, then = (
-            (sum(t.outcomes["unsafe"]), -sum(t.outcomes["utility"]), t.change) for t in (best, other)
+            (sum(t.outcomes["unsafe"]), cost(t), -sum(t.outcomes["utility"]), t.change) for t in (best, other)
         )
         assert now <= then
 
