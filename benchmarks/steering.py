@@ -7,7 +7,7 @@ over rounds of the logarithm. `none again` is `none` once more: what it seems to
 what a contender's weights add to the bytes that a token reads. An aim is `met` or `missed` where the whole
 interval is on one side of it, else `not resolvable`. `ratio` is another's time over `daco_rows`'s; of
 DACO's own methods, the share of the limit that the floor sets. `cpu` is the processor's time, which others
-at work on the machine disturb less.
+at work on the machine disturb less; with one thread it is what a quiet machine's wall clock would show.
 
 Models have random weights. `--device cuda --shape 7b --mode compiled` measures a compiled decode step.
 """
@@ -49,6 +49,7 @@ from daco.steering_sae import SteeringSAE
 
 RESULTS = Path(__file__).parent / "results" / "steering.json"
 OWN = ("daco_rows", "daco_rows_all", "daco_exact", "mop")
+CLOCKS = {"wall": "", "cpu": ", cpu"}
 PROMPT, WARM = 16, 1
 """Tokens of the prompt, and tokens after it that are not timed."""
 
@@ -217,39 +218,39 @@ def percent(found: Interval) -> dict[str, float]:
     return {name: round(100 * value, 2) for name, value in zip(names, found, strict=True)}
 
 
-def time_rows(
-    times: dict[str, list[Times]], found: dict[str, Contender], weights: int, what: str, device: str
+def time_rows(times: dict[str, list[Times]], floors: dict[str, float], what: str) -> Iterator[dict[str, Any]]:
+    """Time a token; None of a contender that refuses."""
+    for name, found in times.items():
+        row = {"work": f"{what}, time a token", "who": name, "value": None, "unit": "refused", "ratio": None}
+        if found:
+            value = round(1_000 * float(np.median([t.wall for t in found])), 3)
+            row |= {"value": value, "unit": "ms", "ratio": ratio_of(times, floors, name)}
+        yield row
+
+
+def ratio_of(times: dict[str, list[Times]], floors: dict[str, float], name: str) -> float | None:
+    """A contender's time over `daco_rows`'s; of DACO's own, the floor's over its."""
+    if name in OWN:
+        return round((1 + floors[name]) / (1 + added(times, name, "wall").mean), 3)
+    return round(1 + added(times, name, "wall", "daco_rows").mean, 3) if times["daco_rows"] else None
+
+
+def added_rows(
+    times: dict[str, list[Times]], floors: dict[str, float], what: str, device: str
 ) -> Iterator[dict[str, Any]]:
-    """Time a token, and what is added to it by both clocks."""
-    floors = {name: contender.reads / weights for name, contender in found.items()}
-    for name in found:
-        if not times[name]:
-            yield {
-                "work": f"{what}, time a token",
-                "who": name,
-                "value": None,
-                "unit": "refused",
-                "ratio": None,
-            }
-            continue
-        extra = added(times, name, "wall")
-        if name in OWN:
-            ratio = round((1 + floors[name]) / (1 + extra.mean), 3)
-        else:  # none where daco_rows refuses
-            ratio = round(1 + added(times, name, "wall", "daco_rows").mean, 3) if times["daco_rows"] else None
-        value = round(1_000 * float(np.median([t.wall for t in times[name]])), 3)
-        yield {"work": f"{what}, time a token", "who": name, "value": value, "unit": "ms", "ratio": ratio}
-        if name == "none":
-            continue
-        row = {"work": f"{what}, added", "who": name, "unit": "% of none", "ratio": ratio}
+    """What each adds to a token's time, by both clocks."""
+    for name in [name for name in times if times[name] and name != "none"]:
         aim = aims(floors, device).get(name)
+        row = {"who": name, "unit": "% of none", "ratio": ratio_of(times, floors, name)}
         row |= {"floor": round(100 * floors[name], 2), "aim": aim and round(100 * aim, 2)}
-        yield row | percent(extra) | {"verdict": verdict(extra, aim)}
-        yield {**row, "work": f"{what}, added, cpu"} | percent(added(times, name, "cpu"))
-    if times["daco_rows"] and times.get("actadd"):
-        over = added(times, "daco_rows", "wall", "actadd")
-        row = {"work": f"{what}, added by daco_rows", "who": "actadd", "unit": "% of actadd", "aim": 1.0}
-        yield row | percent(over) | {"ratio": round(1 + over.mean, 3), "verdict": verdict(over, 0.01)}
+        for clock, note in CLOCKS.items():
+            extra = added(times, name, clock)
+            yield row | {"work": f"{what}, added{note}", "verdict": verdict(extra, aim)} | percent(extra)
+    for clock, note in CLOCKS.items() if times["daco_rows"] and times.get("actadd") else ():
+        over = added(times, "daco_rows", clock, "actadd")
+        row = {"work": f"{what}, added by daco_rows{note}", "who": "actadd", "unit": "% of actadd"}
+        row |= {"aim": 1.0, "ratio": round(1 + over.mean, 3)}
+        yield row | percent(over) | {"verdict": verdict(over, 0.01)}
 
 
 def memory_rows(found: dict[str, Contender], weights: int, what: str) -> Iterator[dict[str, Any]]:
@@ -359,7 +360,8 @@ def speed(shape: Shape, arguments: argparse.Namespace) -> tuple[list[dict[str, A
     what = f"{shape.name}, {arguments.dtype}, {arguments.mode}, batch {arguments.batch}"
     print(f"{what}: {held_bytes(model) / 1e9:.2f} GB, {read_bytes(model) / 1e9:.2f} GB a token", flush=True)
     times = measure(model, found, ids, arguments)
-    rows = [*time_rows(times, found, read_bytes(model), what, arguments.device)]
+    floors = {name: contender.reads / read_bytes(model) for name, contender in found.items()}
+    rows = [*time_rows(times, floors, what), *added_rows(times, floors, what, arguments.device)]
     return [*rows, *memory_rows(found, held_bytes(model), what)], sae, what
 
 
