@@ -4,6 +4,7 @@ Most atoms are in no code: each row is solved on a working set of the atoms that
 matrix, and one product with the whole dictionary then shows which atoms were missing.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,15 @@ ROOM = 64 * 2**20
 """Numbers held in the atoms and Gram matrices of working sets at a time (256 MiB in float32), one row's at
 least."""
 
-NEAR = 0.9
+GROUP = 16
+"""Rows on a CPU that are solved together, on working sets as large as the neediest of them asks for."""
+
+NEAR = 0.96
 """Atoms whose pull is above this share of the L1 penalty get a place in the working set."""
 
-NEWCOMERS = 96
-"""Atoms that may join a working set in a round; as many as the code has where it has more."""
+MANY, NEWCOMERS = 256, 96
+"""Where more atoms than MANY (or than the code has) pull that hard, most pull for a part that they share:
+NEWCOMERS of them join, or as many as the code has."""
 
 TURNS, STEPS, MOST_STEPS, NEWTON_STEPS = 20, 16, 512, 8
 """On a working set: turns at most; accelerated steps in the first turn, twice as many in each further one, up
@@ -52,8 +57,8 @@ class _Penalty(NamedTuple):
         return _Penalty(self.l1[rows], self.l2[rows], self.non_negative)
 
     def strength(self, pull: Tensor) -> Tensor:
-        """How hard atoms are drawn into the code."""
-        return pull if self.non_negative else pull.abs()
+        """How hard atoms are drawn into the code; a new tensor."""
+        return pull.clone() if self.non_negative else pull.abs()
 
     def shrink(self, c: Tensor, step: Tensor) -> Tensor:
         """The L1 part's proximal step."""
@@ -171,29 +176,37 @@ def _solve(
     for _ in range(max_rounds):
         if not len(rows):
             break
-        some, old, here = penalty.of(rows), code[rows], z[rows]
-        atoms = _working_set(pull, old, some)
-        c = _solve_sets(here, q[rows], D, atoms, old.gather(1, atoms), some, inner, gram)
-        residual = here - embedding_bag(atoms, D, per_sample_weights=c, mode="sum")
-        new = torch.zeros_like(old).scatter_(1, atoms, c)
-        if gram is None:
-            pull = residual @ D.T - some.l2 * new
-        else:
-            pull = q[rows] - embedding_bag(atoms, gram, per_sample_weights=c, mode="sum") - some.l2 * new
-        code[rows], gap[rows] = new, _certificate(here, residual, c, pull, some)
-        going = (gap[rows] > tol * _half(here)) & (new != old).any(-1)
+        some, here, old = penalty.of(rows), z[rows], code[rows]
+        new, residual, changed = torch.zeros_like(old), here.clone(), rows < 0
+        for part, atoms in _working_sets(pull, old, some):
+            before = old[part].gather(1, atoms)
+            c = _solve_sets(here[part], q[rows[part]], D, atoms, before, some.of(part), inner, gram)
+            new[part] = torch.zeros_like(old[part]).scatter_(1, atoms, c)
+            residual[part] -= embedding_bag(atoms, D, per_sample_weights=c, mode="sum")
+            changed[part] = (c != before).any(-1)
+            if gram is not None:
+                pull[part] = q[rows[part]] - embedding_bag(atoms, gram, per_sample_weights=c, mode="sum")
+        pull = (residual @ D.T if gram is None else pull).sub_(some.l2 * new)
+        code[rows], gap[rows] = new, _certificate(here, residual, new, pull, some)
+        going = (gap[rows] > tol * _half(here)) & changed
         rows, pull = rows[going], pull[going]
     return code, gap
 
 
-def _working_set(pull: Tensor, code: Tensor, penalty: _Penalty) -> Tensor:
-    """Atoms `[n, w]` to solve each row on: those of its code, then those that pull hardest."""
+def _working_sets(pull: Tensor, code: Tensor, penalty: _Penalty) -> Iterator[tuple[Tensor, Tensor]]:
+    """Groups of rows, and atoms `[rows, w]` to solve each on: its code's, then those that pull hardest."""
     strength, inside = penalty.strength(pull), code != 0
-    near = ((strength > NEAR * penalty.l1) & ~inside).sum(-1)
     kept = inside.sum(-1)
-    widest = int((kept + near.minimum(kept.clamp_min(NEWCOMERS))).max())
-    width = min(16 * (widest // 16 + 1), code.shape[1])
-    return strength.masked_fill(inside, torch.inf).topk(width, sorted=False).indices
+    near = ((strength > NEAR * penalty.l1) & ~inside).sum(-1)
+    few = near <= kept.clamp_min(MANY)
+    places = kept + torch.where(few, near, kept.clamp_min(NEWCOMERS))
+    strength.masked_fill_(inside, torch.inf)
+    size = GROUP if pull.device.type == "cpu" else CHUNK
+    order = places.argsort(stable=True)
+    for group in _parts(len(order), size):
+        part = order[group]
+        width = min(16 * (int(places[part].max()) // 16 + 1), code.shape[1])
+        yield part, strength[part].topk(width, sorted=False).indices
 
 
 def _solve_sets(
@@ -285,7 +298,7 @@ def _newton(problem: _Set, c: Tensor) -> Tensor:
 
 def _certificate(z: Tensor, residual: Tensor, c: Tensor, pull: Tensor, penalty: _Penalty) -> Tensor:
     """Duality gap from what was computed with the whole dictionary, plus what rounding may hide, `[n]`."""
-    residual, c, pull = residual.double(), c.double(), pull.double()
+    residual, c = residual.double(), c.double()
     square, along = residual.square().sum(-1), (z * residual).sum(-1)
     wide = _Penalty(penalty.l1.double(), penalty.l2.double(), penalty.non_negative)
     rounding = 4 * torch.finfo(z.dtype).eps * _half(z)
