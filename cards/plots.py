@@ -18,7 +18,7 @@ matplotlib.rcParams |= {
 }
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: E402
 
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8e6c8a", "#b8860b", "#555555", "#2a9d8f", "#d16ba5")
 
@@ -135,7 +135,8 @@ def choice(tried: Sequence[Tried], plain: float, allowed: float, spread: tuple[f
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     within = f"cost at most {100 * allowed:g} %"
     axes.axhspan(0, allowed, color=COLOURS[2], alpha=0.10, linewidth=0, label=within)
-    axes.scatter([p.unsafe for p in tried], [p.loss for p in tried], s=22, color="#999999", label="tried")
+    axes.scatter([p.unsafe for p in tried], [p.loss for p in tried], s=22, color="#999999", label="tried",
+                 clip_on=False, zorder=3)  # fmt: skip
     front = sorted({(p.unsafe, p.loss) for p in tried if p.front} | {(plain, 0.0)})
     style: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 1.3}
     axes.plot(*zip(*front, strict=True), color=COLOURS[0], label="front", **style)
@@ -144,10 +145,13 @@ def choice(tried: Sequence[Tried], plain: float, allowed: float, spread: tuple[f
     for p in (p for p in tried if p.chosen):
         axes.scatter([p.unsafe], [p.loss], s=80, color=COLOURS[1], label="chosen", **above)
         axes.plot(spread or (p.unsafe, p.unsafe), (p.loss, p.loss), color=COLOURS[1], linewidth=2, **above)
+    axes.set_yscale("symlog", linthresh=max(allowed, 0.01), linscale=2)  # what matters is near zero
+    axes.set_yticks([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
+    axes.yaxis.set_minor_locator(NullLocator())
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     axes.set_xlim(0, 1.02)
-    axes.set_ylim(0, max(2 * allowed, 1.08 * max((p.loss for p in tried), default=0.0), 0.01))
+    axes.set_ylim(0, max(2 * allowed, 1.1 * max((p.loss for p in tried), default=0.0), 0.05))
     axes.set_xlabel("harmful requests obeyed (left is better)")
     axes.set_ylabel("largest cost to the rest (down is better)")
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=5)
