@@ -357,7 +357,7 @@ def test_the_card_says_how_the_defaults_were_chosen(tmp_path: Path) -> None:
     stage(folder)
     _, body = taken_apart((folder / "README.md").read_text("utf-8"))
     assert "Of 3 settings, the one that obeys the fewest harmful requests" in body
-    assert "on 20 harmful, 20 question validation items, judged by words of the answer." in body
+    assert "on validation items (20 harmful, 20 question), judged by words of the answer." in body
     (best,) = rows(body, "eta 0.3, gamma 0.5, all, layers 1 to 2 (chosen)")
     assert best[1:] == ["5.0 (0.0 to 15.0)", "88.0 (78.0 to 98.0)"]
     assert rows(body, "no steering") == [["no steering", "100.0 (90.0 to 100.0)", "90.0 (80.0 to 100.0)"]]

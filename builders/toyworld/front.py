@@ -74,12 +74,12 @@ def run(bench: Bench, n: int, progress: Progress = list, grid: TuneConfig = GRID
 
 
 def rows_of(own: Setting, tuning: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """What is measured: no steering, recipes' settings, the choices, and layers of the first choice alone."""
+    """What is measured: no steering, recipes' settings, the fronts, and layers of the first choice alone."""
     untuned = own_setting(UNTUNED, own.layers)
     rows = [Row("no steering", "one", None), Row("demo", "one", own), Row("untuned", "one", untuned)]
     for name, found in tuning.items():
-        if found["chosen"]:
-            rows.append(Row("tuned", name, _setting(found["chosen"])))
+        front = [row["setting"] for row in found["tried"] if row["front"]]
+        rows += [Row("tuned" if s == found["chosen"] else "front", name, _setting(s)) for s in front]
     rows.append(Row("demo", "group", own))
     first = next((row.setting for row in rows if row.name == "tuned" and row.setting), own)
     alone = [(f"layer {layer} alone", (layer,)) for layer in own.layers]
