@@ -299,7 +299,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=3_584)
     parser.add_argument("--batch", type=int, default=64, choices=[64])
     parser.add_argument("--coefficients", type=float, default=60)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--few", type=int, default=2, help="tokens a round that are solved one by one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda: where DACO works")

@@ -182,15 +182,24 @@ def _solve(
             before = old[part].gather(1, atoms)
             c = _solve_sets(here[part], q[rows[part]], D, atoms, before, some.of(part), inner, gram)
             new[part] = torch.zeros_like(old[part]).scatter_(1, atoms, c)
-            residual[part] -= embedding_bag(atoms, D, per_sample_weights=c, mode="sum")
+            residual[part] -= _sum_of(D, atoms, c)
             changed[part] = (c != before).any(-1)
             if gram is not None:
-                pull[part] = q[rows[part]] - embedding_bag(atoms, gram, per_sample_weights=c, mode="sum")
+                pull[part] = q[rows[part]] - _sum_of(gram, atoms, c)
         pull = (residual @ D.T if gram is None else pull).sub_(some.l2 * new)
         code[rows], gap[rows] = new, _certificate(here, residual, new, pull, some)
         going = (gap[rows] > tol * _half(here)) & changed
         rows, pull = rows[going], pull[going]
     return code, gap
+
+
+def _sum_of(rows: Tensor, atoms: Tensor, c: Tensor) -> Tensor:
+    """The sum over atoms of coefficient times row; rows without a coefficient are not read."""
+    most = max(1, int((c != 0).sum(-1).max()))
+    places = c.abs().topk(most, sorted=False).indices
+    chosen, weights = atoms.gather(1, places), c.gather(1, places)
+    total: Tensor = embedding_bag(chosen, rows, per_sample_weights=weights, mode="sum")
+    return total
 
 
 def _working_sets(pull: Tensor, code: Tensor, penalty: _Penalty) -> Iterator[tuple[Tensor, Tensor]]:
