@@ -17,6 +17,7 @@ from daco.capture import block_output
 from daco.errors import NothingToSteerError, SteeringConflictError, UnsupportedModelError
 from daco.methods import Method
 from daco.methods.method import check_on_empty
+from daco.positions import positions
 from daco.report import PLACES, Report, Tally, layer_report
 from daco.sites import find_trunk, image_token_ids, site, transformers_model
 
@@ -138,7 +139,7 @@ class Run:
         """Positions of a forward that the scope matches; None where there are none."""
         if not self._layers:
             return None
-        found = _positions(call, self._image_ids, self._scope, self._prompt_tokens)
+        found = positions(call, self._image_ids, self._scope, self._prompt_tokens)
         picked = [PLACES.index(self._scope)] if self._scope != "all" else range(len(PLACES))
         if found.first and self._scope == "image" and self._on_empty == "raise" and not found.image.any():
             raise NothingToSteerError(
@@ -305,82 +306,6 @@ def _prepare(
     run._prompt_tokens = prompt_tokens
     run._notes = [note] if note else []
     return run
-
-
-class _Positions(NamedTuple):
-    """Places of a forward's tokens, padding left out; the first three are in the order of PLACES."""
-
-    image: Tensor
-    """`[batch, tokens]` bool."""
-    prompt: Tensor
-    """Likewise: the prompt's text."""
-    generated: Tensor
-    """Likewise: after the prompt."""
-    absent: tuple[str, ...]
-    """Places that cannot occur in this forward, known without looking at the tokens."""
-    first: bool
-    """Whether this forward starts a sequence."""
-
-
-def _positions(
-    call: dict[str, Any], image_ids: tuple[int, ...], scope: str, prompt_tokens: int | None
-) -> _Positions:
-    """Places of the tokens of one forward, from the arguments the model is called with."""
-    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-    tokens = ids if ids is not None else embeds
-    if tokens is None:
-        raise SteeringConflictError("expected input_ids or inputs_embeds in the model's call, got neither")
-    batch, width = tokens.shape[:2]
-    kept = _kept(call.get("attention_mask"), batch, width, tokens.device)
-    past = _past_length(call.get("past_key_values"))
-    if scope in ("prompt", "generated") and prompt_tokens is None:
-        _refuse_ambiguous(scope, past, width, call.get("use_cache"))
-    # without further word, a first forward is all prompt, and later ones are generated
-    start = width if past == 0 else 0
-    if prompt_tokens is not None:
-        start = min(max(prompt_tokens - past, 0), width)
-    prompt = kept.clone()
-    prompt[:, start:] = False
-    image = torch.zeros_like(kept)
-    if start and image_ids:
-        if ids is not None:
-            image = prompt & torch.isin(ids, torch.tensor(image_ids, device=ids.device))
-        elif scope in ("image", "prompt"):
-            raise SteeringConflictError(
-                f"scope {scope!r}: expected input_ids, got inputs_embeds; use scope 'all'"
-            )
-    absent = ("image", "prompt") if start == 0 else ("generated",) if start == width else ()
-    return _Positions(image, prompt & ~image, kept & ~prompt, absent, past == 0)
-
-
-def _kept(mask: Tensor | None, batch: int, width: int, device: torch.device) -> Tensor:
-    """`[batch, width]`: which of a forward's tokens are not padding."""
-    if mask is None:
-        return torch.ones(batch, width, dtype=torch.bool, device=device)
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < width:
-        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise SteeringConflictError(
-            f"expected an attention mask [batch, tokens], got {shape}: padding cannot be told from it; "
-            "a static or compiled KV cache makes such masks: generate with the default cache"
-        )
-    return mask[:, -width:].to(device=device, dtype=torch.bool)
-
-
-def _past_length(cache: Any) -> int:
-    if cache is None:
-        return 0
-    if isinstance(cache, tuple):  # the KV cache before transformers had classes for it
-        return int(cache[0][0].shape[-2]) if cache else 0
-    return int(cache.get_seq_length())
-
-
-def _refuse_ambiguous(scope: str, past: int, width: int, use_cache: object) -> None:
-    """Where prompt and answer cannot be told apart from one call: no cache, or several tokens behind one."""
-    if (past and width > 1) or (not past and use_cache is False):
-        raise SteeringConflictError(
-            f"scope {scope!r}: prompt and generated tokens share a forward (no KV cache, chunked prefill, a "
-            "further turn); pass prompt_tokens=inputs['input_ids'].shape[1]"
-        )
 
 
 def _refuse_compiled(model: nn.Module) -> None:

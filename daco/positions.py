@@ -1,0 +1,87 @@
+"""Which token of a forward is what: image, prompt text, generated or padding; from what the model is called with.
+
+Pure functions of a call's arguments; reads no weight, changes nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from daco.errors import SteeringConflictError
+
+
+class Positions(NamedTuple):
+    """Places of a forward's tokens, padding left out; the first three are in the order of PLACES."""
+
+    image: Tensor
+    """`[batch, tokens]` bool."""
+    prompt: Tensor
+    """Likewise: the prompt's text."""
+    generated: Tensor
+    """Likewise: after the prompt."""
+    absent: tuple[str, ...]
+    """Places that cannot occur in this forward, known without looking at the tokens."""
+    first: bool
+    """Whether this forward starts a sequence."""
+
+
+def positions(
+    call: dict[str, Any], image_ids: tuple[int, ...], scope: str, prompt_tokens: int | None
+) -> Positions:
+    """Places of the tokens of one forward, from the arguments the model is called with."""
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    tokens = ids if ids is not None else embeds
+    if tokens is None:
+        raise SteeringConflictError("expected input_ids or inputs_embeds in the model's call, got neither")
+    batch, width = tokens.shape[:2]
+    kept = _kept(call.get("attention_mask"), batch, width, tokens.device)
+    past = _past_length(call.get("past_key_values"))
+    if scope in ("prompt", "generated") and prompt_tokens is None:
+        _refuse_ambiguous(scope, past, width, call.get("use_cache"))
+    # without further word, a first forward is all prompt, and later ones are generated
+    start = width if past == 0 else 0
+    if prompt_tokens is not None:
+        start = min(max(prompt_tokens - past, 0), width)
+    prompt = kept.clone()
+    prompt[:, start:] = False
+    image = torch.zeros_like(kept)
+    if start and image_ids:
+        if ids is not None:
+            image = prompt & torch.isin(ids, torch.tensor(image_ids, device=ids.device))
+        elif scope in ("image", "prompt"):
+            raise SteeringConflictError(
+                f"scope {scope!r}: expected input_ids, got inputs_embeds; use scope 'all'"
+            )
+    absent = ("image", "prompt") if start == 0 else ("generated",) if start == width else ()
+    return Positions(image, prompt & ~image, kept & ~prompt, absent, past == 0)
+
+
+def _kept(mask: Tensor | None, batch: int, width: int, device: torch.device) -> Tensor:
+    """`[batch, width]`: which of a forward's tokens are not padding."""
+    if mask is None:
+        return torch.ones(batch, width, dtype=torch.bool, device=device)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < width:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise SteeringConflictError(
+            f"expected an attention mask [batch, tokens], got {shape}: padding cannot be told from it; "
+            "a static or compiled KV cache makes such masks: generate with the default cache"
+        )
+    return mask[:, -width:].to(device=device, dtype=torch.bool)
+
+
+def _past_length(cache: Any) -> int:
+    if cache is None:
+        return 0
+    if isinstance(cache, tuple):  # the KV cache before transformers had classes for it
+        return int(cache[0][0].shape[-2]) if cache else 0
+    return int(cache.get_seq_length())
+
+
+def _refuse_ambiguous(scope: str, past: int, width: int, use_cache: object) -> None:
+    """Where prompt and answer cannot be told apart from one call: no cache, or several tokens behind one."""
+    if (past and width > 1) or (not past and use_cache is False):
+        raise SteeringConflictError(
+            f"scope {scope!r}: prompt and generated tokens share a forward (no KV cache, chunked prefill, a "
+            "further turn); pass prompt_tokens=inputs['input_ids'].shape[1]"
+        )
