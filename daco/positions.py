@@ -1,4 +1,4 @@
-"""Which token of a forward is what: image, prompt text, generated or padding; from what the model is called with.
+"""What each token of a forward is: image, prompt text, generated or padding; from the arguments of the call.
 
 Pure functions of a call's arguments; reads no weight, changes nothing.
 """
