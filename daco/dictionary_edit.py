@@ -297,7 +297,7 @@ def _conflicts(
     differs["direction"] = moved
     said = [[name for name, rows in differs.items() if rows[i]] for i in range(len(mine))]
     cosine, _ = _lowest_cosine(ours, theirs, mine, other, layers)
-    found = a[["concept_id", "concept"]].assign(differs=said, cosine=cosine)
+    found: pd.DataFrame = a[["concept_id", "concept"]].assign(differs=said, cosine=cosine)
     return found[[bool(names) for names in said]].reset_index(drop=True)
 
 

@@ -34,7 +34,8 @@ def baseline_schema(d_model: int) -> pa.Schema:
 
 def read_concepts(snapshot: Snapshot) -> pd.DataFrame:
     """The concepts of a dataset release alone: one row a concept, columns of `daco.tables.CONCEPTS`."""
-    return _read(snapshot, "concepts", "train", CONCEPTS).to_pandas()
+    concepts: pd.DataFrame = _read(snapshot, "concepts", "train", CONCEPTS).to_pandas()
+    return concepts
 
 
 def read_dictionary(snapshot: Snapshot, model: str | None, layers: Collection[int] | None) -> dict[str, Any]:
@@ -135,7 +136,10 @@ def write_dictionary(
     tables = {("concepts", "train"): table}
     for layer in dictionary.layers:
         rows = dictionary.raw(layer)
-        columns: dict[str, Any] = {column: pa.array(ids[column], pa.string()) for column in ids}
+        columns: dict[str, Any] = {
+            "concept_id": pa.array(ids["concept_id"], pa.string()),
+            "concept": pa.array(ids["concept"], pa.string()),
+        }
         columns |= {"vector": vector_column(rows), "norm": pa.array(rows.norm(dim=1).numpy())}
         columns |= {"n_positive": table.column("n_positive"), "n_negative": pa.nulls(len(ids), pa.int32())}
         tables[f"directions_{model}", f"layer_{layer}"] = pa.table(columns, schema=directions_schema(width))

@@ -251,7 +251,7 @@ def _labelled_atoms(snapshot: Snapshot, folder: str, ids: Tensor | None) -> pd.D
     name = f"{folder}/steering_atoms.parquet"
     small = name in snapshot.manifest["files"]
     path = snapshot.path(name if small else f"{folder}/atoms.parquet")
-    atoms = read_table(path, ATOMS).to_pandas()
+    atoms: pd.DataFrame = read_table(path, ATOMS).to_pandas()
     if not small:
         atoms = atoms[atoms["polarity"] != "neutral"].reset_index(drop=True)
     wanted = None if ids is None else ids.tolist()

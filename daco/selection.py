@@ -4,7 +4,7 @@ Reads the atoms' tables of a release; writes nothing.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -148,7 +148,7 @@ def _columns(layer: LayerSAE, labels: np.ndarray) -> dict[str, list[np.ndarray]]
     return {"label": [labels], "concept": concepts, "group": groups}
 
 
-def _firsts(lists: Sequence[Sequence[str]]) -> np.ndarray:
+def _firsts(lists: Iterable[Sequence[str]]) -> np.ndarray:
     return np.array([names[0] if len(names) else "" for names in lists], dtype=object)
 
 

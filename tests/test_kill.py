@@ -100,7 +100,7 @@ def run_and_die(recipe: Recipe, out: Path, stage: str, shards: int, delay: float
         return opened
 
     Work.log, Work.open = log_and_strike, open_and_strike  # type: ignore[method-assign]
-    run(recipe, out)
+    run(recipe, out, until=stage)  # a stage that was quicker than the strike must not finish those behind it
 
 
 def shard_seconds(out: Path, stage: str) -> float:
