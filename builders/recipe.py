@@ -593,7 +593,7 @@ def _field(recipe: Recipe, where: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
-SCOPES = ("all", "image", "prompt", "generated")
+SCOPES = ("all", "image", "prompt", "generated", "last")
 
 
 def _check_tune(config: TuneConfig) -> None:

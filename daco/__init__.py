@@ -1,5 +1,6 @@
 """DACO: load concept dictionaries and steering SAEs, and steer multimodal LLMs with them."""
 
+from daco.assignment import PerRow
 from daco.dictionary import ConceptDictionary
 from daco.manifest import FORMAT_VERSION
 from daco.methods import (
@@ -29,6 +30,7 @@ __all__ = [
     "LayerSAE",
     "ModelFacts",
     "ObliqueProjection",
+    "PerRow",
     "Projection",
     "RefusalDirection",
     "Run",

@@ -20,6 +20,8 @@ class Positions(NamedTuple):
     """Likewise: the prompt's text."""
     generated: Tensor
     """Likewise: after the prompt."""
+    last: Tensor
+    """Likewise: the prompt's last token, where this forward holds it; also among image or prompt."""
     absent: tuple[str, ...]
     """Places that cannot occur in this forward, known without looking at the tokens."""
     first: bool
@@ -27,7 +29,7 @@ class Positions(NamedTuple):
 
 
 def positions(
-    call: dict[str, Any], image_ids: tuple[int, ...], scope: str, prompt_tokens: int | None
+    call: dict[str, Any], image_ids: tuple[int, ...], scopes: tuple[str, ...], prompt_tokens: int | None
 ) -> Positions:
     """Places of the tokens of one forward, from the arguments the model is called with."""
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
@@ -37,24 +39,41 @@ def positions(
     batch, width = tokens.shape[:2]
     kept = _kept(call.get("attention_mask"), batch, width, tokens.device)
     past = _past_length(call.get("past_key_values"))
-    if scope in ("prompt", "generated") and prompt_tokens is None:
-        _refuse_ambiguous(scope, past, width, call.get("use_cache"))
+    if {"prompt", "generated", "last"} & set(scopes) and prompt_tokens is None:
+        _refuse_ambiguous(scopes, past, width, call.get("use_cache"))
     # without further word, a first forward is all prompt, and later ones are generated
     start = width if past == 0 else 0
     if prompt_tokens is not None:
         start = min(max(prompt_tokens - past, 0), width)
+    if start == 0:  # most forwards of a generation, which must cost next to nothing
+        none = torch.zeros_like(kept)
+        return Positions(none, none, kept, none, ("image", "prompt", "last"), past == 0)
     prompt = kept.clone()
     prompt[:, start:] = False
     image = torch.zeros_like(kept)
-    if start and image_ids:
+    if image_ids:
         if ids is not None:
             image = prompt & torch.isin(ids, torch.tensor(image_ids, device=ids.device))
-        elif scope in ("image", "prompt"):
+        elif {"image", "prompt"} & set(scopes):
             raise SteeringConflictError(
-                f"scope {scope!r}: expected input_ids, got inputs_embeds; use scope 'all'"
+                f"scope {named(scopes)}: expected input_ids, got inputs_embeds; use scope 'all'"
             )
-    absent = ("image", "prompt") if start == 0 else ("generated",) if start == width else ()
-    return Positions(image, prompt & ~image, kept & ~prompt, absent, past == 0)
+    absent = ("generated",) if start == width else ()
+    ends = prompt_tokens is None or prompt_tokens - past <= width
+    last = _last(prompt) if ends else torch.zeros_like(prompt)
+    return Positions(image, prompt & ~image, kept & ~prompt, last, absent, past == 0)
+
+
+def named(scopes: tuple[str, ...]) -> str:
+    """Scopes, for messages."""
+    return " + ".join(map(repr, scopes))
+
+
+def _last(prompt: Tensor) -> Tensor:
+    """Of each row the last position that holds; found without waiting for the device."""
+    columns = torch.arange(prompt.shape[1], device=prompt.device)
+    last = (prompt * columns).amax(1, keepdim=True)
+    return prompt & (columns == last)
 
 
 def _kept(mask: Tensor | None, batch: int, width: int, device: torch.device) -> Tensor:
@@ -78,10 +97,10 @@ def _past_length(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def _refuse_ambiguous(scope: str, past: int, width: int, use_cache: object) -> None:
+def _refuse_ambiguous(scopes: tuple[str, ...], past: int, width: int, use_cache: object) -> None:
     """Where prompt and answer cannot be told apart from one call: no cache, or several tokens behind one."""
     if (past and width > 1) or (not past and use_cache is False):
         raise SteeringConflictError(
-            f"scope {scope!r}: prompt and generated tokens share a forward (no KV cache, chunked prefill, a "
-            "further turn); pass prompt_tokens=inputs['input_ids'].shape[1]"
+            f"scope {named(scopes)}: prompt and generated tokens share a forward (no KV cache, chunked "
+            "prefill, a further turn); pass prompt_tokens=inputs['input_ids'].shape[1]"
         )

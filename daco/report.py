@@ -1,10 +1,11 @@
 """What a steered run did: tallies in tensors while it runs, and a printable report; no files."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from daco.methods.method import Method
 
 PLACES = ("image", "prompt", "generated")
 """Kinds of positions: image placeholders, the prompt's text, and tokens after the prompt."""
@@ -40,6 +41,10 @@ class LayerReport(NamedTuple):
     """Mean of ||delta|| / ||z|| over the positions steered; 0 where there are none."""
     relative_change_max: float
     """Largest of them."""
+    by_row: list[dict[str, int]]
+    """Positions steered, by row of the batch (beams are rows of their own) and place."""
+    method: str
+    """Which method did it, where there are several; else empty."""
 
 
 class Report(NamedTuple):
@@ -84,8 +89,11 @@ def _layer_lines(layer: LayerReport, shown: int = 5) -> list[str]:
     places = ", ".join(f"{count} {place}" for place, count in layer.positions.items() if count)
     shift = ", shifted" if layer.shifted else ""
     change = f"|delta|/|z| mean {layer.relative_change:.3f}, max {layer.relative_change_max:.3f}"
-    head = f"layer {layer.layer}: {len(layer.atoms)} of {layer.labelled} labelled fired{shift}"
+    who = f" ({layer.method})" if layer.method else ""
+    head = f"layer {layer.layer}{who}: {len(layer.atoms)} of {layer.labelled} labelled fired{shift}"
     lines = [f"{head}; steered {places or 'nowhere'}; {change}"]
+    if len(layer.by_row) > 1:
+        lines.append(f"  by row: {', '.join(str(sum(row.values())) for row in layer.by_row)}")
     for atom in layer.atoms[:shown]:
         names = ", ".join(_printable(name) for name in atom.names[:3])
         lines.append(f"  {atom.atom} ({names}): {atom.positions} positions, mean {atom.mean_strength:.3g}")
@@ -104,7 +112,7 @@ class Tally:
 
     @torch.inference_mode(False)  # else later forwards outside inference mode could not add to it
     def __init__(self, n_atoms: int, device: torch.device) -> None:
-        self.places = torch.zeros(len(PLACES), dtype=torch.int64, device=device)
+        self.places = torch.zeros(1, len(PLACES), dtype=torch.int64, device=device)
         self.fired = torch.zeros(n_atoms, dtype=torch.int64, device=device)
         self.strength = torch.zeros(n_atoms, dtype=torch.float64, device=device)
         self.change = torch.zeros(2, dtype=torch.float64, device=device)
@@ -125,6 +133,13 @@ class Tally:
         if self._n_held >= HELD:
             self.count()
 
+    @torch.inference_mode(False)
+    def add_places(self, places: Tensor) -> None:
+        """Add how many positions of each row `[batch, 3]` are of each of PLACES."""
+        if len(places) > len(self.places):
+            self.places = torch.nn.functional.pad(self.places, (0, 0, 0, len(places) - len(self.places)))
+        self.places[: len(places)] += places
+
     @torch.no_grad()
     def count(self) -> None:
         """Count what is held."""
@@ -143,21 +158,20 @@ class Tally:
         self.change[1] = torch.maximum(self.change[1], relative.max())
 
 
-def layer_report(
-    layer: int,
-    tally: Tally | None,
-    atoms: list[int],
-    names: Callable[[int], list[str]],
-    shifted: bool,
-) -> LayerReport:
-    """Read a layer's tally off its device; None is a layer where nothing ran."""
+def layer_report(layer: int, tally: Tally | None, method: Method, name: str = "") -> LayerReport:
+    """Read what a method did at a layer off its device; no tally is a layer where nothing ran."""
+    atoms, shifted = method.atoms(layer), method.shifted(layer)
     if tally is None:
-        return LayerReport(layer, len(atoms), shifted, dict.fromkeys(PLACES, 0), [], 0.0, 0.0)
+        nowhere = dict.fromkeys(PLACES, 0)
+        return LayerReport(layer, len(atoms), shifted, nowhere, [], 0.0, 0.0, [], name)
     tally.count()
     fired, strength = tally.fired.tolist(), tally.strength.tolist()
     order = sorted((i for i, count in enumerate(fired) if count), key=lambda i: (-abs(strength[i]), i))
-    found = [FiredAtom(atoms[i], names(atoms[i]), fired[i], strength[i] / fired[i]) for i in order]
-    places = dict(zip(PLACES, tally.places.tolist(), strict=True))
+    found = [
+        FiredAtom(atoms[i], method.names(layer, atoms[i]), fired[i], strength[i] / fired[i]) for i in order
+    ]
+    by_row = [dict(zip(PLACES, row, strict=True)) for row in tally.places.tolist()]
+    places = {place: sum(row[place] for row in by_row) for place in PLACES}
     total, largest = tally.change.tolist()
     mean = total / max(1, sum(places.values()))
-    return LayerReport(layer, len(atoms), shifted, places, found, mean, largest)
+    return LayerReport(layer, len(atoms), shifted, places, found, mean, largest, by_row, name)

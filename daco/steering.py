@@ -1,11 +1,11 @@
-"""Applies a steering method to a model: hooks on decoder blocks that always come off again, and a report.
+"""Applies steering methods to a model: hooks on decoder blocks that always come off again, and a report.
 
-Reads a transformers model and a method of `daco.methods`; changes what the blocks return, never a weight.
+Reads a transformers model and methods of `daco.methods`; changes what the blocks return, never a weight.
 """
 
 import inspect
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -13,16 +13,17 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from daco.assignment import Part, PerRow, Steerers, parts_of
 from daco.capture import block_output
 from daco.errors import NothingToSteerError, SteeringConflictError, UnsupportedModelError
-from daco.methods import Method
 from daco.methods.method import check_on_empty
-from daco.positions import positions
+from daco.positions import Positions, named, positions
 from daco.report import PLACES, Report, Tally, layer_report
 from daco.sites import find_trunk, image_token_ids, site, transformers_model
 
-SCOPES = ("all", *PLACES)
-"""All positions but padding; or image placeholders, the prompt's text, or tokens after the prompt alone."""
+SCOPES = ("all", *PLACES, "last")
+"""All positions but padding; or image placeholders, the prompt's text, or tokens after the prompt alone; or
+the prompt's last token, whose logits choose the first token of the answer."""
 
 CHUNK = 1_024
 """Positions steered at a time, which bounds the room codes take in a long prefill."""
@@ -34,49 +35,54 @@ _lock = threading.Lock()
 
 
 class _Step(NamedTuple):
-    """Where one forward is steered."""
+    """Where one part steers one forward."""
 
-    select: Tensor
-    """`[batch, tokens]` bool."""
+    shape: tuple[int, int]
+    """Batch and tokens of the forward."""
     rows: Tensor | None
-    """Flat positions where `select` holds; None for one token a row, which `select` masks without waiting."""
+    """Flat positions that are steered, or may be where there is a weight; None is all of them."""
+    weight: Tensor | None
+    """`[rows]` bool: which of them are; None is all. It spares a forward of one token a wait for a count."""
     places: Tensor
-    """`[3]`: how many of the positions are of each of PLACES."""
+    """`[batch, 3]`: how many of each row's positions are of each of PLACES."""
 
 
 class Run:
     """A steered model: what it did so far, and the handle that ends it. Made by `steer` and `attach`."""
 
-    def __init__(self, model: nn.Module, method: Method, scope: str, on_empty: str) -> None:
-        self._method, self._scope, self._on_empty = method, scope, on_empty
+    on: bool = True
+    """Whether forwards that begin now are steered; may be set in the middle of a generation."""
+
+    def __init__(self, model: nn.Module, parts: list[Part], scopes: tuple[str, ...], on_empty: str) -> None:
+        self._parts, self._scopes, self._on_empty = parts, scopes, on_empty
         self._base, self._trunk = transformers_model(model), find_trunk(model)
         self._signature = inspect.signature(self._base.forward)
         self._image_ids = image_token_ids(model)
         self._prompt_tokens: int | None = None
         self._thread: int | None = None
-        self._layers = [layer for layer in method.layers if not method.is_empty(layer)]
+        self._layers = _parts_by_layer(parts)
         self._handles: list[Any] = []
-        self._tallies: dict[int, Tally] = {}
+        self._tallies: dict[tuple[int, int], Tally] = {}
+        self._what = ""
         self._notes: list[str] = []
         self._claim = ref(self)
-        self._forwards = 0
+        self._forwards = self._off = 0
         self._now = threading.local()  # each thread is in a forward of its own
 
     def report(self) -> Report:
         """What was steered up to now; may wait for the device."""
-        method, notes = self._method, [*self._notes, *self._method.notes()]
+        methods = [part.method for part in self._parts]
+        notes = [*self._notes, *dict.fromkeys(note for method in methods for note in method.notes())]
         layers = [
-            layer_report(
-                layer,
-                self._tallies.get(layer),
-                method.atoms(layer),
-                lambda atom, layer=layer: method.names(layer, atom),  # type: ignore[misc]
-                method.shifted(layer),
-            )
+            layer_report(layer, self._tallies.get((i, layer)), method, str(method) if methods[1:] else "")
+            for i, method in enumerate(methods)
             for layer in method.layers
         ]
-        report = Report(str(method), self._scope, self._forwards, layers, notes)
-        if not method.nothing and not report.positions:
+        layers.sort(key=lambda found: found.layer)  # methods keep their order within a layer
+        if self._off:
+            notes.append(f"steering was switched off in {self._off} of {self._forwards} forwards")
+        report = Report(self._what, " + ".join(self._scopes), self._forwards, layers, notes)
+        if not all(method.nothing for method in methods) and not report.positions:
             notes.append(f"nothing was steered in {self._forwards} forwards")
         return report
 
@@ -95,8 +101,9 @@ class Run:
             claim = _steered.get(self._trunk.layers)
             if claim is not None and (other := claim()) is not None:
                 raise SteeringConflictError(
-                    f"expected a model that is not steered, got one steered by {other._method}; "
-                    "end that `with` block or call remove() on its handle first"
+                    f"expected a model that is not steered, got one steered by {other._what}; "
+                    "end that `with` block or call remove() on its handle first; "
+                    "steer() takes several methods, and PerRow one for each row of a batch"
                 )
             _steered[self._trunk.layers] = self._claim
         try:
@@ -120,39 +127,39 @@ class Run:
             )
         call = self._signature.bind_partial(*args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
-        self._now.step = self._step(call)
+        on = self.on
+        self._now.steps = self._steps(call) if on else None
         self._now.fired = 0
         self._now.inside = True
         self._forwards += 1
+        self._off += not on
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Make sure that every block was steered; called also where the forward failed, without output."""
-        step, fired = getattr(self._now, "step", None), getattr(self._now, "fired", 0)
-        self._now.inside, self._now.step = False, None
-        if output is not None and step is not None and fired != len(self._layers):
+        steps, fired = getattr(self._now, "steps", None), getattr(self._now, "fired", 0)
+        self._now.inside, self._now.steps = False, None
+        if output is not None and steps is not None and fired != len(self._layers):
             raise SteeringConflictError(
-                f"expected hooks of layers {self._layers} to fire once each, got {fired} of them: "
+                f"expected hooks of layers {list(self._layers)} to fire once each, got {fired} of them: "
                 "are blocks compiled, replayed as a graph, or skipped? run the model eagerly"
             )
 
-    def _step(self, call: dict[str, Any]) -> _Step | None:
-        """Positions of a forward that the scope matches; None where there are none."""
+    def _steps(self, call: dict[str, Any]) -> list[_Step | None] | None:
+        """By part, the positions of a forward that the scope matches; None where there are none at all."""
         if not self._layers:
             return None
-        found = positions(call, self._image_ids, self._scope, self._prompt_tokens)
-        picked = [PLACES.index(self._scope)] if self._scope != "all" else range(len(PLACES))
-        if found.first and self._scope == "image" and self._on_empty == "raise" and not found.image.any():
+        found = positions(call, self._image_ids, self._scopes, self._prompt_tokens)
+        wanted = self._scopes == ("image",) and self._on_empty == "raise"
+        if found.first and wanted and not found.image.any():
             raise NothingToSteerError(
                 f"scope 'image': expected image tokens {list(self._image_ids)} in the prompt, got none; "
                 "pass an image, another scope, or on_empty='pass'"
             )
-        masks = [found.image, found.prompt, found.generated]
-        select = torch.stack([masks[i] for i in picked]).any(0)
-        places = torch.stack([mask.sum() if i in picked else mask.sum() * 0 for i, mask in enumerate(masks)])
-        if select.shape[1] == 1:
-            return None if self._scope in found.absent else _Step(select, None, places)
-        rows = select.flatten().nonzero().squeeze(-1)
-        return _Step(select, rows, places) if len(rows) else None
+        if set(self._scopes) <= set(found.absent):
+            return None
+        select = _selected(found, self._scopes)
+        steps = [_step(found, select, part) for part in self._parts]
+        return steps if any(step is not None for step in steps) else None
 
     def _block_hook(self, layer: int) -> Any:
         def change(module: nn.Module, args: Any, output: Any) -> Any:
@@ -161,53 +168,94 @@ class Run:
                     f"expected a call of the whole {type(self._base).__name__}, got one of a part of it; "
                     "call the model that was steered"
                 )
-            step = self._now.step
-            if step is None:
+            steps = self._now.steps
+            if steps is None:
                 return None
             self._now.fired += 1
-            z = self._steer_block(layer, block_output(output), step)
+            z = block_output(output)
+            for i in self._layers[layer]:
+                if (step := steps[i]) is not None:
+                    z = self._steer_block(i, layer, z, step)
             return (z, *output[1:]) if isinstance(output, tuple) else z
 
         return change
 
-    def _steer_block(self, layer: int, z: Tensor, step: _Step) -> Tensor:
-        if z.shape[:2] != step.select.shape:
+    def _steer_block(self, part: int, layer: int, z: Tensor, step: _Step) -> Tensor:
+        if z.shape[:2] != step.shape:
             raise SteeringConflictError(
-                f"layer {layer}: expected activations [batch, tokens] {list(step.select.shape)}, "
+                f"layer {layer}: expected activations [batch, tokens] {list(step.shape)}, "
                 f"got {list(z.shape[:2])}; are tokens packed or dropped?"
             )
         flat = z.reshape(-1, z.shape[-1])
-        if step.rows is None:
-            select = step.select.flatten().to(z.device)
-            moved = self._move(layer, flat, select)
-            new = torch.where(select[:, None], moved, flat)
+        rows = None if step.rows is None else step.rows.to(z.device)
+        picked = flat if rows is None else flat[rows]
+        if step.weight is None:
+            moved = [self._move(part, layer, some, None) for some in torch.split(picked, CHUNK)]
+            new = torch.cat(moved) if moved[1:] else moved[0]
         else:
-            rows = step.rows.to(z.device)
-            parts = [self._move(layer, part, None) for part in torch.split(flat[rows], CHUNK)]
-            new = flat.index_copy(0, rows, torch.cat(parts))
+            weight = step.weight.to(z.device)
+            new = torch.where(weight[:, None], self._move(part, layer, picked, weight), picked)
+        if rows is not None:
+            new = flat.index_copy(0, rows, new)
         with _lock:
-            self._tally(layer, z.device).places += step.places.to(z.device)
+            self._tally(part, layer, z.device).add_places(step.places.to(z.device))
         return new.view_as(z)
 
-    def _move(self, layer: int, z: Tensor, weight: Tensor | None) -> Tensor:
+    def _move(self, part: int, layer: int, z: Tensor, weight: Tensor | None) -> Tensor:
         """`z` plus the method's delta, `[n, d_model]`; tallied."""
-        delta, strengths = self._method.change(layer, z)
+        delta, strengths = self._parts[part].method.change(layer, z)
         with _lock:
-            self._tally(layer, z.device).add(z, delta, strengths, weight)
+            self._tally(part, layer, z.device).add(z, delta, strengths, weight)
         return z + delta.to(z.dtype)
 
-    def _tally(self, layer: int, device: torch.device) -> Tally:
-        if layer not in self._tallies:
-            self._tallies[layer] = Tally(len(self._method.atoms(layer)), device)
-        return self._tallies[layer]
+    def _tally(self, part: int, layer: int, device: torch.device) -> Tally:
+        if (part, layer) not in self._tallies:
+            self._tallies[part, layer] = Tally(len(self._parts[part].method.atoms(layer)), device)
+        return self._tallies[part, layer]
+
+
+def _parts_by_layer(parts: list[Part]) -> dict[int, list[int]]:
+    """Which parts do something at a layer, in the order in which they do it; layers rising."""
+    busy = [
+        (layer, i)
+        for i, part in enumerate(parts)
+        for layer in part.method.layers
+        if not part.method.is_empty(layer)
+    ]
+    return {layer: [i for other, i in busy if other == layer] for layer in sorted({one for one, _ in busy})}
+
+
+def _selected(found: Positions, scopes: tuple[str, ...]) -> Tensor:
+    """`[batch, tokens]` bool: positions that are in one of the scopes at least."""
+    if scopes == ("all",):
+        return found.image | found.prompt | found.generated
+    masks = [getattr(found, scope) for scope in scopes if scope not in found.absent]
+    return masks[0] if not masks[1:] else torch.stack(masks).any(0)
+
+
+def _step(found: Positions, select: Tensor, part: Part) -> _Step | None:
+    """Where a part steers, of the positions that are selected; None where it is nowhere."""
+    batch, width = select.shape
+    mine = None if part.rows is None else part.in_batch(batch, select.device)
+    if mine is not None:
+        select = (
+            select
+            & torch.zeros(batch, dtype=torch.bool, device=select.device).index_fill(0, mine, 1)[:, None]
+        )
+    places = torch.stack([(getattr(found, place) & select).sum(1) for place in PLACES], 1)
+    if width == 1:
+        weight = select.flatten()
+        return _Step((batch, width), mine, weight if mine is None else weight[mine], places)
+    rows = select.flatten().nonzero().squeeze(-1)
+    return _Step((batch, width), rows, None, places) if len(rows) else None
 
 
 @contextmanager
 def steer(
     model: nn.Module,
-    method: Method,
+    method: Steerers,
     *,
-    scope: str = "all",
+    scope: str | Sequence[str] = "all",
     on_empty: str = "raise",
     base_model_ok: bool = False,
     prompt_tokens: int | None = None,
@@ -216,21 +264,25 @@ def steer(
 
     Args:
         model: The transformers model whose `generate` or forward is called.
-        method: One of `daco.methods`, or anything with what `daco.methods.Method` lists.
-        scope: `all` positions that are not padding, or `image`, `prompt` (text) or `generated` ones alone.
+        method: One of `daco.methods`, or anything with what `daco.methods.Method` lists; several, where each
+            sees the stream as those before it left it; or `PerRow`, one for each row of a batch.
+        scope: `all` positions that are not padding; or `image`, `prompt` (text), `generated` or `last` (the
+            prompt's last token, which chooses the first token of the answer) alone; or several of them.
         on_empty: `raise` where atoms or scope match nothing, or `pass`.
         base_model_ok: Accept another base model id or revision (a fine-tune, a quantised copy).
         prompt_tokens: Columns of the prompt, padding included, where one forward holds more than the prompt
-            (no KV cache, or a given answer); needed by the scopes `prompt` and `generated` alone.
+            or less (no KV cache, a given answer, a prefill in chunks, candidates of assisted decoding);
+            needed by the scopes `prompt`, `generated` and `last` alone.
 
     Yields:
-        The `Run`, whose `report()` says what was steered.
+        The `Run`, whose `report()` says what was steered; its `on` may be set at any time.
 
     Raises:
         ModelMismatchError: it is not the model the method was made for.
         NothingToSteerError: nothing is labelled, or the scope matched no position (at the first prompt for
             `image`, else at the end).
-        SteeringConflictError: the model is steered already, compiled, or called in a way hooks cannot follow.
+        SteeringConflictError: the model is steered already, compiled, or called in a way hooks cannot follow;
+            or the batch does not have the rows of `PerRow`.
         UnknownLayerError: a layer the model does not have.
 
     Example:
@@ -247,16 +299,16 @@ def steer(
         run.remove()
     if on_empty == "raise" and not run.report().positions:
         raise NothingToSteerError(
-            f"scope {scope!r} matched no position in {run._forwards} forwards of {type(run._base).__name__}; "
-            "was another model object called? pass on_empty='pass' to allow it"
+            f"scope {named(run._scopes)} matched no position in {run._forwards} forwards of "
+            f"{type(run._base).__name__}; was another model object called? pass on_empty='pass' to allow it"
         )
 
 
 def attach(
     model: nn.Module,
-    method: Method,
+    method: Steerers,
     *,
-    scope: str = "all",
+    scope: str | Sequence[str] = "all",
     on_empty: str = "raise",
     base_model_ok: bool = False,
     prompt_tokens: int | None = None,
@@ -272,8 +324,8 @@ def attach(
 
 def _prepare(
     model: nn.Module,
-    method: Method,
-    scope: str,
+    method: Steerers,
+    scope: str | Sequence[str],
     on_empty: str,
     base_model_ok: bool,
     prompt_tokens: int | None,
@@ -284,28 +336,34 @@ def _prepare(
         raise UnsupportedModelError(
             f"expected a transformers model, got {got}; pass the model, not its processor"
         )
-    if not isinstance(method, Method):
-        raise TypeError(
-            f"method: expected one of daco.methods, got {type(method).__name__}; "
-            "SAEs steer by `sae.steer(model)`, a SafetyPrompt is applied to the messages"
-        )
+    parts, scopes = parts_of(method), _scopes(scope)
     check_on_empty(on_empty)
-    if scope not in SCOPES:
-        raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")
     if prompt_tokens is not None and prompt_tokens < 1:
         raise ValueError(f"prompt_tokens: expected at least 1, got {prompt_tokens}")
     _refuse_compiled(model)
-    note = method.base_model.check(model, base_model_ok)
-    for layer in method.layers:
-        site(model, layer)
-    if method.nothing and on_empty == "raise":
-        raise NothingToSteerError(method.nothing)
-    if scope == "image" and on_empty == "raise" and not image_token_ids(model):
+    notes = [part.method.base_model.check(model, base_model_ok) for part in parts]
+    for part in parts:
+        for layer in part.method.layers:
+            site(model, layer)
+        if part.method.nothing and on_empty == "raise":
+            raise NothingToSteerError(part.method.nothing)
+    if scopes == ("image",) and on_empty == "raise" and not image_token_ids(model):
         raise NothingToSteerError(f"scope 'image': {type(model).__name__} takes no images; use another scope")
-    run = Run(model, method, scope, on_empty)
+    run = Run(model, parts, scopes, on_empty)
+    run._what = (
+        str(method) if isinstance(method, PerRow) else ", then ".join(str(part.method) for part in parts)
+    )
     run._prompt_tokens = prompt_tokens
-    run._notes = [note] if note else []
+    run._notes = [note for note in dict.fromkeys(notes) if note]
     return run
+
+
+def _scopes(scope: str | Sequence[str]) -> tuple[str, ...]:
+    """The scopes that were asked for, in the order of SCOPES; raises ValueError."""
+    asked = {scope} if isinstance(scope, str) else set(scope)
+    if not asked or not asked <= set(SCOPES) or ("all" in asked and len(asked) > 1):
+        raise ValueError(f"scope: expected one of {SCOPES}, or several of those behind 'all', got {scope!r}")
+    return tuple(one for one in SCOPES if one in asked)
 
 
 def _refuse_compiled(model: nn.Module) -> None:

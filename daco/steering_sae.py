@@ -1,5 +1,6 @@
 """The steering SAEs of a model release: loaded from a Hub repo or a folder, applied to their base model."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,9 +117,10 @@ class SteeringSAE:
         gamma: float | None = None,
         eta: float | None = None,
         layers: list[int] | None = None,
-        scope: str | None = None,
+        scope: str | Sequence[str] | None = None,
         on_empty: str = "raise",
         base_model_ok: bool = False,
+        prompt_tokens: int | None = None,
         remove: Selection | None = None,
         keep: Selection | None = None,
         form: str | None = None,
@@ -130,9 +132,10 @@ class SteeringSAE:
             gamma: Strength of the desirable shift in units of R; None is the release's default.
             eta: Cosine threshold of labels; None takes the labels as released.
             layers: Only these layers; None is the release's default.
-            scope: `all`, `image`, `prompt` or `generated`; None is the release's default.
+            scope: `all`, or some of `image`, `prompt`, `generated` and `last`; None is the release's default.
             on_empty: `raise` when nothing can be steered, or `pass` for an exact no-op.
             base_model_ok: Accept another base model id or revision (a fine-tune, a quantised copy).
+            prompt_tokens: Columns of the prompt where a forward holds more or less than it.
             remove: What is removed, by name of concept, group or label, or by layer and atom, with or without
                 strengths: `{"weapon": 1.0, "noun.act": 0.5}`; None is what is labelled undesirable.
             keep: What stays in any case, likewise.
@@ -156,6 +159,7 @@ class SteeringSAE:
             scope=scope or self.defaults["scope"],
             on_empty=on_empty,
             base_model_ok=base_model_ok,
+            prompt_tokens=prompt_tokens,
         )
 
     def attach(
@@ -165,9 +169,10 @@ class SteeringSAE:
         gamma: float | None = None,
         eta: float | None = None,
         layers: list[int] | None = None,
-        scope: str | None = None,
+        scope: str | Sequence[str] | None = None,
         on_empty: str = "raise",
         base_model_ok: bool = False,
+        prompt_tokens: int | None = None,
         remove: Selection | None = None,
         keep: Selection | None = None,
         form: str | None = None,
@@ -183,6 +188,7 @@ class SteeringSAE:
             scope=scope or self.defaults["scope"],
             on_empty=on_empty,
             base_model_ok=base_model_ok,
+            prompt_tokens=prompt_tokens,
         )
 
 

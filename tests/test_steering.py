@@ -690,7 +690,7 @@ def test_half_precision_streams_keep_their_dtype() -> None:
 
 def test_a_name_cannot_steer_the_terminal() -> None:
     atom = FiredAtom(3, ["\x1b[2Jknife\r\n"], 1, 1.0)
-    layer = LayerReport(1, 1, False, {"prompt": 1}, [atom], 0.1, 0.1)
+    layer = LayerReport(1, 1, False, {"prompt": 1}, [atom], 0.1, 0.1, [{"prompt": 1}], "")
     printed = str(Report("method", "all", 1, [layer], []))
     assert "knife" in printed
     assert all(c.isprintable() or c == "\n" for c in printed)
