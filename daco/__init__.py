@@ -17,6 +17,7 @@ from daco.sae import SAE, LayerSAE
 from daco.sites import ModelFacts, find_trunk
 from daco.steering import Run, attach, steer
 from daco.steering_sae import SteeringSAE
+from daco.wrapping import Wrapped, wrap
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,9 @@ __all__ = [
     "SAESteering",
     "SafetyPrompt",
     "SteeringSAE",
+    "Wrapped",
     "attach",
     "find_trunk",
     "steer",
+    "wrap",
 ]

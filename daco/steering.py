@@ -8,13 +8,13 @@ import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from daco.assignment import Part, PerRow, Steerers, parts_of
 from daco.capture import block_output
+from daco.claims import claim, release
 from daco.errors import NothingToSteerError, SteeringConflictError, UnsupportedModelError
 from daco.methods.method import check_on_empty
 from daco.positions import Positions, named, positions
@@ -27,9 +27,6 @@ the prompt's last token, whose logits choose the first token of the answer."""
 
 CHUNK = 1_024
 """Positions steered at a time, which bounds the room codes take in a long prefill."""
-
-_steered: WeakKeyDictionary[nn.ModuleList, "ReferenceType[Run]"] = WeakKeyDictionary()
-"""Which run steers a trunk; weak on both sides, so that a forgotten run does not keep a model alive."""
 
 _lock = threading.Lock()
 
@@ -63,9 +60,9 @@ class Run:
         self._layers = _parts_by_layer(parts)
         self._handles: list[Any] = []
         self._tallies: dict[tuple[int, int], Tally] = {}
-        self._what = ""
+        self.what = ""
+        """The methods and their settings."""
         self._notes: list[str] = []
-        self._claim = ref(self)
         self._forwards = self._off = 0
         self._now = threading.local()  # each thread is in a forward of its own
 
@@ -81,7 +78,7 @@ class Run:
         layers.sort(key=lambda found: found.layer)  # methods keep their order within a layer
         if self._off:
             notes.append(f"steering was switched off in {self._off} of {self._forwards} forwards")
-        report = Report(self._what, " + ".join(self._scopes), self._forwards, layers, notes)
+        report = Report(self.what, " + ".join(self._scopes), self._forwards, layers, notes)
         if not all(method.nothing for method in methods) and not report.positions:
             notes.append(f"nothing was steered in {self._forwards} forwards")
         return report
@@ -91,21 +88,11 @@ class Run:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        with _lock:
-            if _steered.get(self._trunk.layers) is self._claim:
-                del _steered[self._trunk.layers]
+        release(self._trunk.layers, self)
 
     def _put_on(self) -> None:
         """Claim the model, then hook it."""
-        with _lock:
-            claim = _steered.get(self._trunk.layers)
-            if claim is not None and (other := claim()) is not None:
-                raise SteeringConflictError(
-                    f"expected a model that is not steered, got one steered by {other._what}; "
-                    "end that `with` block or call remove() on its handle first; "
-                    "steer() takes several methods, and PerRow one for each row of a batch"
-                )
-            _steered[self._trunk.layers] = self._claim
+        claim(self._trunk.layers, self)
         try:
             before = self._base.register_forward_pre_hook(self._before, with_kwargs=True)
             after = self._base.register_forward_hook(self._after, always_call=True)
@@ -350,7 +337,7 @@ def _prepare(
     if scopes == ("image",) and on_empty == "raise" and not image_token_ids(model):
         raise NothingToSteerError(f"scope 'image': {type(model).__name__} takes no images; use another scope")
     run = Run(model, parts, scopes, on_empty)
-    run._what = (
+    run.what = (
         str(method) if isinstance(method, PerRow) else ", then ".join(str(part.method) for part in parts)
     )
     run._prompt_tokens = prompt_tokens
@@ -372,7 +359,8 @@ def _refuse_compiled(model: nn.Module) -> None:
     parts = model.modules()
     if compiled or any(getattr(part, "_compiled_call_impl", None) is not None for part in parts):
         raise SteeringConflictError(
-            "expected an eager model, got a compiled one, where hooks may not fire; steer the original"
+            "expected an eager model, got a compiled one, where hooks may not fire; steer the original, or "
+            "use daco.wrap on it"
         )
 
 
@@ -381,5 +369,5 @@ def _refuse_compiling() -> None:
     if torch.compiler.is_compiling() or capturing:
         raise SteeringConflictError(
             "expected an eager forward, got one that is being compiled or captured as a graph: its "
-            "replay would not follow the steering; generate with disable_compile=True and the default cache"
+            "replay would not follow the steering; use daco.wrap, or generate with disable_compile=True"
         )
