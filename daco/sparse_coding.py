@@ -28,6 +28,10 @@ MANY, NEWCOMERS = 256, 96
 """Where more atoms than MANY (or than the code has) pull that hard, most pull for a part that they share:
 NEWCOMERS of them join, or as many as the code has."""
 
+SMALL, WHOLE_ROUNDS, ROUND = 1_024, 30, 10
+"""Dictionaries of at most SMALL atoms are tried whole first, rows on one Gram matrix: WHOLE_ROUNDS of ROUND
+accelerated steps at most; what is not certified by then is solved on working sets."""
+
 TURNS, STEPS, MOST_STEPS, NEWTON_STEPS = 20, 16, 512, 8
 """On a working set: turns at most; accelerated steps in the first turn, twice as many in each further one, up
 to a limit; Newton steps in each."""
@@ -138,7 +142,8 @@ def elastic_net(
     code, gap = wide.new_zeros(len(z), len(D)), wide.new_zeros(len(z))
     for part in _parts(len(z), CHUNK):
         q = wide[part] @ D.T if correlation is None else correlation[part].to(dtype)
-        code[part], gap[part] = _solve(wide[part], q, D, penalty.of(part), tol, max_rounds, gram)
+        solve = _solve if len(D) > SMALL else _solve_small
+        code[part], gap[part] = solve(wide[part], q, D, penalty.of(part), tol, max_rounds, gram)
     return SparseCode(code.to(z.dtype), gap.to(z.dtype), gap <= tol * _half(wide))
 
 
@@ -190,6 +195,33 @@ def _solve(
         code[rows], gap[rows] = new, _certificate(here, residual, new, pull, some)
         going = (gap[rows] > tol * _half(here)) & changed
         rows, pull = rows[going], pull[going]
+    return code, gap
+
+
+def _solve_small(
+    z: Tensor, q: Tensor, D: Tensor, penalty: _Penalty, tol: float, max_rounds: int, gram: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes and gaps of some rows by accelerated steps on all atoms, which few rows need more than."""
+    G = D @ D.T if gram is None else gram
+    top = torch.linalg.eigvalsh(G)[-1]
+    code = torch.zeros_like(q)
+    gap = _certificate(z, z, code, q, penalty)
+    rows = (gap > tol * _half(z)).nonzero().squeeze(-1)
+    state = _start(code[rows])
+    for _ in range(min(max_rounds, WHOLE_ROUNDS)):
+        if not len(rows):
+            return code, gap
+        some, here = penalty.of(rows), q[rows]
+        step = 1 / (top + some.l2)
+        for _ in range(ROUND):
+            pull = here - state.ahead @ G - some.l2 * state.ahead
+            state = _advance(state, some.shrink(state.ahead + step * pull, step))
+        residual = z[rows] - state.c @ D
+        pull = residual @ D.T - some.l2 * state.c
+        code[rows], gap[rows] = state.c, _certificate(z[rows], residual, state.c, pull, some)
+        going = gap[rows] > tol * _half(z[rows])
+        rows, state = rows[going], _State(*(part[going] for part in state))
+    code[rows], gap[rows] = _solve(z[rows], q[rows], D, penalty.of(rows), tol, max_rounds, gram)
     return code, gap
 
 
@@ -273,15 +305,34 @@ def _accelerated(problem: _Set, c: Tensor, steps: int) -> Tensor:
     penalty = problem.penalty
     # the largest row sum bounds the largest eigenvalue
     step = 1 / (problem.G.abs().sum(-1).amax(-1, keepdim=True) + penalty.l2)
-    x = y = c
-    t = torch.ones_like(step)
+    state = _start(c)
     for _ in range(steps):
-        new = penalty.shrink(y + step * problem.pull(y), step)
-        overshot = ((y - new) * (new - x)).sum(-1, keepdim=True) > 0
-        t = torch.where(overshot, 1.0, t)
-        grown = (1 + (1 + 4 * t.square()).sqrt()) / 2
-        x, y, t = new, new + (t - 1) / grown * (new - x), grown
-    return x
+        ahead = state.ahead
+        state = _advance(state, penalty.shrink(ahead + step * problem.pull(ahead), step))
+    return state.c
+
+
+class _State(NamedTuple):
+    """Where accelerated steps are."""
+
+    c: Tensor
+    """`[n, w]`: codes."""
+    ahead: Tensor
+    """`[n, w]`: where the next step is taken from."""
+    t: Tensor
+    """`[n, 1]`: momentum."""
+
+
+def _start(c: Tensor) -> _State:
+    return _State(c, c, c.new_ones(len(c), 1))
+
+
+def _advance(state: _State, new: Tensor) -> _State:
+    """Look ahead from new codes; a row that overshot starts afresh."""
+    overshot = ((state.ahead - new) * (new - state.c)).sum(-1, keepdim=True) > 0
+    t = torch.where(overshot, 1.0, state.t)
+    grown = (1 + (1 + 4 * t.square()).sqrt()) / 2
+    return _State(new, new + (t - 1) / grown * (new - state.c), grown)
 
 
 def _newton(problem: _Set, c: Tensor) -> Tensor:

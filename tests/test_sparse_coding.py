@@ -13,6 +13,12 @@ from daco import sparse_coding
 from daco.sparse_coding import SparseCode, duality_gap, elastic_net
 
 
+@pytest.fixture(autouse=True)
+def on_working_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dictionaries here are small, but only where a test says so are they solved as small ones."""
+    monkeypatch.setattr(sparse_coding, "SMALL", 0)
+
+
 class Problem(NamedTuple):
     z: Tensor
     D: Tensor
@@ -138,6 +144,17 @@ def test_codes_are_as_good_as_the_naive_solvers(
     check(p, solved, tau, 1e-10, non_negative)
     assert 0 < (solved.code != 0).sum(-1).double().mean() < n_atoms
     assert (solved.code.sum(-1) != 0).all()
+
+
+@pytest.mark.parametrize("non_negative", [False, True])
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+@pytest.mark.parametrize(("fraction", "shared"), [(0.1, 0.0), (0.1, 0.3), (0.01, 0.3)])  # the last takes long
+def test_small_dictionaries_are_solved_whole(
+    fraction: float, shared: float, tau: float, non_negative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_coding, "SMALL", 200)
+    p = problem(n=4, n_atoms=150, shared=shared, fraction=fraction)
+    check(p, elastic_net(*p, tau, non_negative=non_negative, tol=1e-9), tau, 1e-9, non_negative)
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.3])
