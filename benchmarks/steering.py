@@ -46,6 +46,7 @@ from daco.methods import MOP, SAESteering
 from daco.sites import find_trunk
 from daco.steering import steer
 from daco.steering_sae import SteeringSAE
+from daco.wrapping import wrap
 
 RESULTS = Path(__file__).parent / "results" / "steering.json"
 OWN = ("daco_rows", "daco_rows_all", "daco_exact", "mop")
@@ -112,9 +113,10 @@ def plain_hooks(model: Any, vectors: dict[int, torch.Tensor]) -> Generator[None,
 
 
 def contenders(
-    model: Any, sae: SteeringSAE, dictionary: Any, alpha: float, removed: int
+    model: Any, sae: SteeringSAE, dictionary: Any, alpha: float, removed: int, compiled: bool
 ) -> dict[str, Contender]:
     """All of them, by name; `daco_rows_all` removes as many atoms as `daco_rows` has labelled."""
+    way: Callable[..., AbstractContextManager[Any]] = wrap if compiled else steer
     width, dtype = sae.base_model.hidden_size, next(model.parameters()).dtype
     layers, rows = list(sae.layers), {layer: list(range(removed)) for layer in sae.layers}
     vectors = {n: (0.02 * dictionary.R[n] * dictionary.unit(n)[0]).to(model.device, dtype) for n in layers}
@@ -132,7 +134,7 @@ def contenders(
         n_rows = sum(len(method.atoms(layer)) for layer in layers)
         held = n_rows * (2 if "rows" in name else 1) + (0 if "rows" in name else n_atoms)
         reads = n_atoms if name == "mop" else held  # a code cannot be certified without one pass over D
-        put_on = lambda method=method: steer(model, method, base_model_ok=True)  # noqa: E731
+        put_on = lambda method=method: way(model, method, base_model_ok=True)  # noqa: E731
         found[name] = Contender(put_on, 4 * width * reads, 4 * width * held)
     return found
 
@@ -354,7 +356,7 @@ def speed(shape: Shape, arguments: argparse.Namespace) -> tuple[list[dict[str, A
     long = torch.randint(10, shape.config["vocab_size"] // 2, (1, 256), generator=draw).to(arguments.device)
     sizes = arguments.atoms, arguments.labelled
     sae, dictionary, alpha = build_saes(model, shape, long, *sizes, arguments.seed)
-    found = contenders(model, sae, dictionary, alpha, sizes[1])
+    found = contenders(model, sae, dictionary, alpha, sizes[1], arguments.mode == "compiled")
     print(f"MOP's alpha: {alpha:.2f}", flush=True)
     found = {name: found[name] for name in found if name in ("none", "daco_rows", *arguments.who)}
     what = f"{shape.name}, {arguments.dtype}, {arguments.mode}, batch {arguments.batch}"
@@ -403,8 +405,11 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     torch.set_num_threads(arguments.threads)
-    if arguments.mode == "compiled":  # hooks put on after compiling are seen, at the cost of a guard
+    if (
+        arguments.mode == "compiled"
+    ):  # plain hooks, put on after compiling, are seen at the cost of a guard
         torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.config.recompile_limit = 64  # one graph for each contender
     table, sae, what = speed(SHAPES[arguments.shape], arguments)
     gc.collect()
     table += load_rows(sae, arguments.loads, what) if arguments.loads else []
