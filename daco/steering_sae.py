@@ -1,11 +1,12 @@
 """The steering SAEs of a model release: loaded from a Hub repo or a folder, applied to their base model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -190,6 +191,42 @@ class SteeringSAE:
             base_model_ok=base_model_ok,
             prompt_tokens=prompt_tokens,
         )
+
+    def explain(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        *,
+        layers: list[int] | None = None,
+        base_model_ok: bool = False,
+    ) -> pd.DataFrame:
+        """Which atoms fire on inputs, and how strongly; nothing is steered.
+
+        Args:
+            model: The transformers model these SAEs belong to.
+            inputs: What `model(**inputs)` takes, a batch or one row; moved to the model's device.
+            layers: Only these layers; None is all that were loaded.
+            base_model_ok: Accept another base model id or revision (a fine-tune, a quantised copy).
+
+        Returns:
+            One row a batch row, layer and atom that fires, the largest total strength of a layer first:
+            `row`, `layer`, `atom`, `polarity` (as released), `concepts` (nearest first), `positions` where
+            it fires, of them those of `image` and of `prompt` text, and of its code there the mean
+            `strength` and the `largest`. Padding is left out. `attrs["notes"]` lists what else to know: a
+            base model that is not confirmed, or that only labelled atoms were loaded.
+
+        Raises:
+            ModelMismatchError: it is not the model these SAEs were made for.
+            SteeringConflictError: the model is being steered.
+            UnknownLayerError: a layer that was not loaded.
+
+        Example:
+            >>> fired = sae.explain(model, inputs)  # doctest: +SKIP
+            >>> fired[fired["polarity"] == "undesirable"].head()  # doctest: +SKIP
+        """
+        from daco.explain import explain
+
+        return explain(self, model, inputs, layers, base_model_ok)
 
 
 def _check_widths(layers: dict[int, LayerSAE], hidden_size: int) -> None:

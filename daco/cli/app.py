@@ -267,6 +267,10 @@ def _print_concepts(found: Any, score: str, as_json: bool) -> None:
         show.say("nothing found")
 
 
+EXPLAINED = ("layer", "atom", "polarity", "concepts", "positions", "image", "strength", "largest")
+"""What `explain` prints of its table."""
+
+
 @app.command()
 def explain(
     repo: Repo,
@@ -288,7 +292,6 @@ def explain(
     """Which atoms fire on a text and images, by name and strength, without steering."""
     if not text and not image:
         raise ValueError("expected --text, --image or both, got neither")
-    from daco.cli.explain import COLUMNS, fired
     from daco.prompts import chat_inputs, turn
 
     pictures = [open_image(path) for path in image or []]
@@ -296,19 +299,19 @@ def explain(
         repo, revision=revision, layers=layers or None, local_files_only=offline
     )
     mllm, processor = _base_model(sae, model, device, dtype)
-    note = sae.base_model.check(mllm, base_model_ok)
     inputs = chat_inputs(processor, [[turn(processor, "user", text, len(pictures))]], [pictures])
-    found = fired(mllm, sae, inputs)
+    found = sae.explain(mllm, inputs, base_model_ok=base_model_ok)
+    notes = found.attrs["notes"]
     if labelled:
         found = found[found["polarity"] != "neutral"]
-    top = show.records(found.groupby("layer", sort=True).head(n))
+    top = show.records(found.groupby("layer", sort=True).head(n).drop(columns="row"))
     tokens = int(inputs["input_ids"].shape[1])
     if as_json:
-        show.as_json({"tokens": tokens, "atoms": top, "notes": [note] if note else []})
+        show.as_json({"tokens": tokens, "atoms": top, "notes": notes})
         return
-    show.table(top, COLUMNS)
+    show.table(top, EXPLAINED)
     show.say(f"{tokens} tokens; strength is the mean where an atom fires", style="dim")
-    if note:
+    for note in notes:
         show.say(f"note: {show.plain(note)}", style="dim")
 
 
