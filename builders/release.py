@@ -29,7 +29,9 @@ from builders.steering import TUNING, load_layer, read_tuning, release_setting, 
 from daco.dictionary import ConceptDictionary
 from daco.errors import DacoError, IntegrityError, RecipeError
 from daco.manifest import (
+    FINGERPRINT,
     FORMAT_VERSION,
+    MODEL_KEYS,
     canonical_json,
     check_files,
     file_entry,
@@ -353,11 +355,10 @@ def _config(
         if name != "l1" or recipe.sae.activation == "relu"
     }
     tokens = {"n_atoms": first["n_atoms"], "n_train_tokens": first["n_train_tokens"]}
-    return {
+    known = dictionary.model.fingerprint
+    return ({FINGERPRINT: dict(known)} if known else {}) | {
         "format_version": FORMAT_VERSION,
-        "base_model": {
-            name: getattr(dictionary.model, name) for name in dictionary.model.__dataclass_fields__
-        },
+        "base_model": {name: getattr(dictionary.model, name) for name in MODEL_KEYS},
         "layers": dictionary.layers,
         "dictionary": {
             "dataset": f"{recipe.release.org}/{recipe.release.dataset}",

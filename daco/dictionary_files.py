@@ -17,7 +17,7 @@ from torch import Tensor
 
 from daco.errors import ArtefactNotFoundError, FormatError, UnknownLayerError
 from daco.load import Snapshot
-from daco.manifest import FORMAT_VERSION, file_entry, write_manifest
+from daco.manifest import FORMAT_VERSION, MODEL_KEYS, file_entry, write_manifest
 from daco.sites import ModelFacts
 from daco.tables import CONCEPTS, directions_schema, read_table, write_table
 
@@ -42,7 +42,9 @@ def read_dictionary(snapshot: Snapshot, model: str | None, layers: Collection[in
     """Arguments of `ConceptDictionary`, from a dataset release; see its `from_pretrained`."""
     name = _choose(snapshot, model)
     facts = snapshot.manifest["models"][name]
-    model_facts = ModelFacts(**{key: facts[key] for key in ModelFacts.__dataclass_fields__})
+    model_facts = ModelFacts(
+        **{key: facts[key] for key in MODEL_KEYS}, fingerprint=facts.get("fingerprint", {})
+    )
     concepts = read_concepts(snapshot)
     ids, width = concepts["concept_id"].tolist(), model_facts.hidden_size
     wanted = _chosen(facts["layers"], layers, snapshot.name)

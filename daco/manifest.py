@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from daco.errors import FormatError, FormatTooNewError, IntegrityError
+from daco.fingerprint import broken_fingerprint
 
-FORMAT_VERSION = "1.1.0"
+FORMAT_VERSION = "1.2.0"
 """Semver of the layout of releases; a reader refuses a newer major."""
 
 MANIFEST = "manifest.json"
@@ -44,7 +45,11 @@ MODEL_KEYS: dict[str, type] = {
     "hidden_size": int,
     "n_layers": int,
 }
-"""The fields of `daco.sites.ModelFacts`, as releases write them."""
+"""The fields of `daco.sites.ModelFacts` but its fingerprint, as releases write them."""
+
+FINGERPRINT = "base_model_fingerprint"
+"""Key of a model release's config for `ModelFacts.fingerprint`; beside `base_model`, where readers of format
+1.1 accept it. In a dataset's manifest it is `fingerprint` among a model's facts. Optional in both."""
 
 
 def canonical_json(value: Any) -> str:
@@ -211,6 +216,7 @@ def _broken_models(models: object) -> list[str]:
         where = f"models: {name!r}"
         found = broken_model(where, {key: facts.get(key) for key in MODEL_KEYS})
         found += broken_layers(where, facts.get("layers"), facts.get("n_layers"))
+        found += broken_fingerprint(f"{where}: fingerprint", facts.get("fingerprint", {}))
         R, layers = facts.get("R"), facts.get("layers")
         if not found and (
             not isinstance(R, Mapping)

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from daco.errors import ArtefactNotFoundError, FormatError, IntegrityError, SteeringOnlyError
+from daco.fingerprint import broken_fingerprint
 from daco.load import Snapshot
 from daco.manifest import (
+    FINGERPRINT,
     FORMAT_VERSION,
     broken_layers,
     broken_model,
@@ -64,6 +66,7 @@ def validate_config(config: object) -> None:
         broken.append(f"training: expected a dict, got {config['training']!r}")
     if not broken:
         broken += broken_model("base_model", config["base_model"])
+        broken += broken_fingerprint(FINGERPRINT, config.get(FINGERPRINT, {}))
         broken += broken_layers("config.json", config["layers"], config["base_model"].get("n_layers"))
         broken += _broken_steering(config["steering"], config["layers"])
     if config.get("activation") not in ACTIVATIONS:

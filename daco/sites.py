@@ -3,13 +3,15 @@
 import operator
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from torch import nn
 
 from daco.errors import ModelMismatchError, UnknownLayerError, UnsupportedModelError
+from daco.fingerprint import Compared, compare, fingerprint
 
 _CACHED = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -48,6 +50,8 @@ class ModelFacts:
     """Width of the text trunk."""
     n_layers: int
     """Decoder blocks of the text trunk."""
+    fingerprint: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Some of its weights, see `daco.fingerprint`; empty where not known."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -56,8 +60,12 @@ class ModelFacts:
         Raises:
             UnsupportedModelError: its text trunk cannot be found.
         """
-        trunk = find_trunk(model)
-        config = transformers_model(model).config
+        return replace(cls._named(model), fingerprint=fingerprint(find_trunk(model).layers))
+
+    @classmethod
+    def _named(cls, model: nn.Module) -> Self:
+        """Facts of a loaded model but its weights."""
+        trunk, config = find_trunk(model), transformers_model(model).config
         return cls(*_origin(config), str(config.model_type), trunk.hidden_size, trunk.n_layers)
 
     def check(self, model: nn.Module, base_model_ok: bool = False) -> str | None:
@@ -65,29 +73,34 @@ class ModelFacts:
 
         Args:
             model: The model at hand.
-            base_model_ok: Accept another id or revision (a fine-tune, a quantised copy), never another shape.
+            base_model_ok: Accept another id, revision or weights (a fine-tune, a quantised copy), never
+                another shape.
 
         Returns:
             What could not be confirmed or was overridden, for reports; None where all agrees.
 
         Raises:
-            ModelMismatchError: shape or type differ, or id or revision are known and differ.
+            ModelMismatchError: shape or type differ, or id, revision or weights are known and differ.
         """
-        found = type(self).of(model)
+        found = self._named(model)
         for name in ("model_type", "hidden_size", "n_layers"):
             if (expected := getattr(self, name)) != (got := getattr(found, name)):
                 raise ModelMismatchError(
                     f"expected a model with {name} {expected} ({self.id or 'the artefact'}'s), got {got}; "
                     "load the base model this artefact was made for"
                 )
-        problem = self._other_origin(found)
+        weights = compare(self.fingerprint, find_trunk(model).layers)
+        problems = self._other_origin(found), self._other_weights(weights)
+        problem = "; ".join(text for text in problems if text)
         if problem and not base_model_ok:
             raise ModelMismatchError(
                 f"{problem}; load that one, or pass base_model_ok=True for a fine-tune or a quantised copy"
             )
         if problem:
             return f"base_model_ok: {problem}"
-        return self._unconfirmed(found, base_model_ok)
+        if len(weights.same) > len(weights.unknown):  # what the weights say is worth more than a name
+            return _not_read(weights)
+        return self._unconfirmed(found, base_model_ok, _not_read(weights))
 
     def _other_origin(self, found: "ModelFacts") -> str | None:
         """Where both sides know id or revision and they differ."""
@@ -98,16 +111,37 @@ class ModelFacts:
             return f"expected revision {self.revision} of {self.id}, got {found.revision}"
         return None
 
-    def _unconfirmed(self, found: "ModelFacts", base_model_ok: bool) -> str | None:
+    def _other_weights(self, weights: Compared) -> str | None:
+        """Where the weights of both sides are known and differ."""
+        if not weights.differ:
+            return None
+        read = len(weights.differ) + len(weights.same)
+        return (
+            f"expected the weights of {self.id or 'the base model'}, got others in {len(weights.differ)} of "
+            f"{read} sampled matrices (block {weights.differ[0].replace('.', ': ', 1)})"
+        )
+
+    def _unconfirmed(self, found: "ModelFacts", base_model_ok: bool, not_read: str | None) -> str | None:
+        """What is left to say where no weights were compared."""
+        behind = f"; {not_read}" if not_read else ""
         if self.id and found.id:
             # transformers does not say which commit it loaded: no cause for alarm, but not confirmed either
-            return None if _COMMIT.fullmatch(found.revision) else f"revision of {found.id} not known"
+            known = _COMMIT.fullmatch(found.revision)
+            return not_read if known else f"revision of {found.id} not known{behind}"
         expected = f"expected {self.id}" if self.id else "the artefact names none"
         got = f"got {found.id}" if found.id else "the model at hand has no Hub id"
-        note = f"base model not confirmed beyond type and shape: {expected}, {got}"
+        note = f"base model not confirmed beyond type and shape: {expected}, {got}{behind}"
         if not base_model_ok:
             warnings.warn(f"{note}; base_model_ok=True silences this", UserWarning, stacklevel=4)
         return note
+
+
+def _not_read(weights: Compared) -> str | None:
+    """What to say of weights that were sampled for the artefact and cannot be read here."""
+    if not (n := len(weights.unknown)):
+        return None
+    total = n + len(weights.same)
+    return f"weights not compared in {n} of {total} sampled matrices (quantised, offloaded or adapted)"
 
 
 def transformers_model(model: nn.Module) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 
 from daco.errors import FormatError, UnknownLayerError
 from daco.load import resolve
+from daco.manifest import FINGERPRINT
 from daco.sae import LayerSAE
 from daco.sae_files import read_config, read_labelled, read_layer
 from daco.selection import Selection
@@ -44,7 +45,7 @@ class SteeringSAE:
     @property
     def base_model(self) -> ModelFacts:
         """The model these SAEs belong to."""
-        return ModelFacts(**self.config["base_model"])
+        return ModelFacts(**{"fingerprint": self.config.get(FINGERPRINT, {})} | self.config["base_model"])
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def test_some_layers_alone(model: Any, inputs: Any) -> None:
 
 def test_the_model_is_checked_as_for_steering(model: Any, inputs: Any) -> None:
     sae = sae_of(model, "topk")
-    base = sae.config["base_model"] | {"id": "org/base"}
+    base = sae.config["base_model"] | {"id": "org/base", "fingerprint": {}}
     other = dataclasses.replace(sae, config=sae.config | {"base_model": base | {"n_layers": 28}})
     with pytest.raises(ModelMismatchError, match="n_layers 28"):
         other.explain(model, inputs)
