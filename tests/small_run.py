@@ -100,7 +100,8 @@ def _tokens(directions: torch.Tensor, draw: np.random.Generator) -> torch.Tensor
 
 
 def model_facts() -> dict:
-    return {"id": "", "revision": "", "model_type": "llava", "hidden_size": D_MODEL, "n_layers": 4}
+    shape = {"model_type": "llava", "hidden_size": D_MODEL, "n_layers": 4}
+    return {"id": "", "revision": "", "fingerprint": {"0.self_attn.q_proj.weight": "0.5 -0.25"}} | shape
 
 
 def write_directions(out: Path) -> None:

@@ -129,6 +129,8 @@ def test_three_repos_are_published(summary: dict[str, Any], done: tuple[Path, st
     assert [source["name"] for source in manifest["sources"]] == ["toyworld", "WordNet"]
     config = json.loads((done[0] / "release" / "model" / "config.json").read_text("utf-8"))
     assert (config["base_model"]["id"], config["base_model"]["revision"]) == ("local/toy-llava", "v1.0.0")
+    assert len(config["base_model_fingerprint"]) > 20
+    assert manifest["models"]["toy_llava"]["fingerprint"] == config["base_model_fingerprint"]
 
 
 def test_the_printed_table_fits_a_terminal(done: tuple[Path, str]) -> None:

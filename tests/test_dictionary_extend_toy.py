@@ -1,4 +1,4 @@
-"""A concept no dictionary has, added from ten stimuli, steers what it triggers in the toy world; others do not."""
+"""A concept of no dictionary, added from ten stimuli, steers what it triggers in the toy world, alone."""
 
 import dataclasses
 import random
@@ -13,9 +13,9 @@ from PIL import Image
 import daco
 from builders.mllm import load_mllm
 from builders.toyworld import judge, scenes, world
+from builders.toyworld.__main__ import WEIGHTS
 from builders.toyworld.model import Batcher, answers
 from builders.toyworld.scenes import Item, Scene
-from builders.toyworld.__main__ import WEIGHTS
 from daco.tables import CONCEPTS
 
 CUE, PLACE = "dream", "beach"

@@ -18,6 +18,7 @@ from small_run import (
     Killed,
     dictionary,
     digests,
+    model_facts,
     opened,
     small_recipe,
     write_activations,
@@ -30,7 +31,7 @@ from small_run import (
 
 from builders import atoms, release
 from builders.recipe import model_name
-from daco import ConceptDictionary, SteeringSAE
+from daco import ConceptDictionary, ModelFacts, SteeringSAE
 from daco.errors import IntegrityError, RecipeError
 from daco.manifest import check_files, read_manifest
 from daco.tables import CONCEPTS, LINKS, STIMULI
@@ -226,6 +227,8 @@ def test_model_loads_with_daco_and_holds_the_trained_weights(upstream):
         table = pq.read_table(upstream / "atoms" / f"layers.{layer}" / "atoms.parquet")
         assert list(found.layers[layer].labels()) == table["polarity"].to_pylist()
     assert found.defaults == {"eta": 0.3, "gamma": 0.5, "scope": "all"}
+    assert found.base_model == ModelFacts(**model_facts())
+    assert found.base_model.fingerprint == model_facts()["fingerprint"]
     assert found.config["training"]["start"] == "dictionary"
     assert found.config["training"]["fve"] == {"1": 0.5}
     assert found.config["training"]["ce_recovered"] == {"1": 0.9, "2": 0.8}
