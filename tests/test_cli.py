@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -278,6 +279,7 @@ def test_chat_goes_on_after_mistakes_and_says_so_by_its_exit_code(cli: Daco, fol
     assert all("expected" in error and "got" in error for error in errors)
     assert found[-2]["method"].endswith("gamma 0.25")
     assert found[-3] == {"note": "no answer was steered yet"}
+    assert chat(cli, folders, "/off\nhello\n/atoms")[1][-1] == {"note": "the last answer was not steered"}
     assert found[-1]["atoms"] == found[-2]["atoms"]
 
 
@@ -371,6 +373,22 @@ def test_errors_are_one_line(cli: Daco, folders: Folders, tmp_path: Path) -> Non
     refused(cli("info", broken), "breaks the format", "expected MAJOR.MINOR.PATCH")
 
 
+def test_a_wrong_image_is_said_before_a_model_is_loaded(cli: Daco, folders: Folders) -> None:
+    refused(cli("chat", folders.model, "--model", "/no/model/here", "-i", "none.png"), "expected an image at")
+
+
+def test_other_weights_are_refused_by_the_options_name(cli: Daco, folders: Folders, tmp_path: Path) -> None:
+    release = write_model_release(tmp_path / "model")
+    edit_json(release, "config.json", base_model_fingerprint={"0.self_attn.q_proj.weight": "9 " * 8})
+    explain = ("explain", release, "--model", folders.base, "-t", "hello")
+    refused(
+        cli(*explain), "expected the weights of org/tiny-vl, got others in 1 of 1", "give --base-model-ok"
+    )
+    assert (
+        "base_model_ok: expected the weights" in said(cli(*explain, "--base-model-ok", "--json"))["notes"][0]
+    )
+
+
 def test_a_release_that_names_no_base_model_asks_for_one(cli: Daco, tmp_path: Path) -> None:
     release = write_model_release(tmp_path / "model")
     base = json.loads((release / "config.json").read_text())["base_model"]
@@ -445,5 +463,12 @@ def test_tables_stand_aligned_in_a_terminal(capsys: pytest.CaptureFixture[str], 
     out = capsys.readouterr().out
     assert "[red]knife[/red]" in out
     assert "0.500" in out
+    rows = [{"concept": "knife", "definition": "what cuts " * 20, "polarity": "undesirable", "n": 7}]
+    show.table(rows, ["concept", "definition", "polarity", "n"])
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert len(plain) == 3  # a row is a line: what is long is cut, what is short is whole
+    assert all(len(line) <= 60 for line in plain)
+    assert plain[2].startswith("knife    what cuts ")
+    assert plain[2].rstrip().endswith("…  undesirable  7")
     frame = pd.DataFrame({"a": np.array([1, 2], dtype=np.int32), "b": [0.5, float("nan")]})
     assert show.records(frame) == [{"a": 1, "b": 0.5}, {"a": 2, "b": None}]

@@ -70,20 +70,25 @@ def models(
     if as_json:
         show.as_json({"transformers": found.attrs["transformers"], "models": show.records(found)})
         return
-    shown = found if every else found[found["status"] == "tested"]
-    columns = ["name", "model_type", "takes", "status", "shown"] + (["because"] if every else [])
-    show.table(show.records(shown), columns)
-    counts = ", ".join(f"{n} {status}" for status, n in found["status"].value_counts().items())
-    show.say(
-        f"{counts}; with transformers {found.attrs['transformers']}" + ("" if every else "; --all lists all")
-    )
+    counts = found["status"].value_counts()
+    if every:
+        show.table(show.records(found), ["name", "model_type", "takes", "status", "because"])
+        said = ", ".join(f"{n} {status}" for status, n in counts.items())
+    else:
+        tested = show.records(found[found["status"] == "tested"])
+        marks = list(dict.fromkeys(mark for row in tested for mark in row["shown"].split(", ")))
+        rows = [row | {m.split()[0]: "yes" for m in row["shown"].split(", ")} for row in tested]
+        show.table(rows, ["name", "model_type", *(mark.split()[0] for mark in marks)])
+        show.say(f"\nyes: shown by a test; {', '.join(marks)}", style="dim")
+        said = f"{len(tested)} tested; --all lists {len(found) - len(tested)} more"
+    show.say(f"{said}; with transformers {found.attrs['transformers']}", style="dim")
 
 
 @app.command()
 def info(
     repo: Repo, revision: Revision = None, kind: Kind = None, offline: Offline = False, as_json: Json = False
 ) -> None:
-    """What a release is: version, layers, counts, licence, base model, figures."""
+    """What a release is. Version, layers, counts, licence, base model, figures."""
     found = releases.described(releases.find(repo, _kind(kind), revision, offline))
     if as_json:
         show.as_json(found)
@@ -145,7 +150,10 @@ def verify(
     download: Annotated[bool, typer.Option("--download", help="Fetch what is not in the cache.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare a folder, or what the cache has of a repo, with the manifest; exit code 1 where broken."""
+    """Compare a release's files with its manifest.
+
+    Of a repo, those that the cache has; the exit code is 1 where one is broken.
+    """
     snapshot = releases.find(repo, _kind(kind), revision, offline=not download)
     files = tqdm(
         releases.check(snapshot),
@@ -262,13 +270,14 @@ def _print_concepts(found: Any, score: str, as_json: bool) -> None:
     if as_json:
         show.as_json(rows)
     elif rows:
-        show.table(rows, ["concept", "polarity", score, "group", "definition", "concept_id"])
+        ids = [] if show.console().is_terminal else ["concept_id"]  # of no use to people, and long
+        show.table(rows, ["concept", "polarity", score, "group", "definition", *ids])
     else:
         show.say("nothing found")
 
 
-EXPLAINED = ("layer", "atom", "polarity", "concepts", "positions", "image", "strength", "largest")
-"""What `explain` prints of its table."""
+EXPLAINED = ("layer", "atom", "polarity", "concepts", "positions", "image", "strength")
+"""What `explain` prints of its table; JSON has all of it."""
 
 
 @app.command()
@@ -289,7 +298,7 @@ def explain(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Which atoms fire on a text and images, by name and strength, without steering."""
+    """Which atoms fire on a text and images. By name and strength, without steering."""
     if not text and not image:
         raise ValueError("expected --text, --image or both, got neither")
     from daco.prompts import chat_inputs, turn
@@ -310,7 +319,8 @@ def explain(
         show.as_json({"tokens": tokens, "atoms": top, "notes": notes})
         return
     show.table(top, EXPLAINED)
-    show.say(f"{tokens} tokens; strength is the mean where an atom fires", style="dim")
+    hint = "" if labelled else "; --labelled: those that steering uses"
+    show.say(f"\n{tokens} tokens; strength: mean where it fires{hint}", style="dim")
     for note in notes:
         show.say(f"note: {show.plain(note)}", style="dim")
 
@@ -335,12 +345,14 @@ def chat(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Talk with a steered model; lines from a pipe are taken as turns. /help lists the commands."""
+    """Talk with a steered model. Lines from a pipe are taken as turns; /help lists the commands."""
     from daco.cli.chat import Chat, run_lines, run_terminal
     from daco.cli.conversation import Conversation, Settings
 
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"--scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    for path in image or []:
+        open_image(path)  # a wrong path is said at once, not when the model is there
     sae = SteeringSAE.from_pretrained(repo, revision=revision, local_files_only=offline)
     mllm, processor = _base_model(sae, model, device, dtype)
     note = sae.base_model.check(mllm, base_model_ok)
@@ -369,7 +381,8 @@ def _greet(talk: Any, note: str | None) -> None:
     show.say(f"{show.plain(base)}, steered by {show.plain(sae.name)} at layers {_span(sorted(sae.layers))}")
     given = {"gamma": talk.settings.gamma, "eta": talk.settings.eta, "scope": talk.settings.scope}
     said = ", ".join(f"{k} {steering[k] if v is None else v}" for k, v in given.items())
-    show.say(f"{said}; /help lists the commands, ctrl-D leaves", style="dim")
+    state = "" if talk.settings.on else "; steering is off, /on begins"
+    show.say(f"{said}{state}; /help lists the commands, ctrl-D leaves", style="dim")
     if note:
         show.say(f"note: {show.plain(note)}", style="dim")
 
@@ -383,6 +396,11 @@ def _kind(text: str | None) -> str | None:
     if text not in (None, *releases.KINDS):
         raise ValueError(f"--type: expected model or dataset, got {text!r}")
     return text
+
+
+def as_options(error: Exception) -> str:
+    """What an error says, with the option's name in place of the argument's."""
+    return str(error).replace("pass base_model_ok=True", "give --base-model-ok")
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -400,7 +418,7 @@ def run(arguments: list[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # what matters is in reports and notes
             app(arguments)
     except (DacoError, ValueError) as error:
-        show.fail(error)
+        show.fail(as_options(error))
         return 1
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 1

@@ -63,11 +63,19 @@ def load(name: str, revision: str | None, device: str, dtype: str) -> tuple[Any,
     try:
         return _load(name, where, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        first = _first_cause(error)
+        said = str(first).strip().partition("\n")[0] or type(first).__name__
         raise ArtefactNotFoundError(
             f"expected a model that transformers can load at {name!r}, got: {said}; "
             "check name, revision and login, or give --model"
         ) from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What an import failed of: transformers says only which of its own modules it was."""
+    while isinstance(error, ImportError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _load(name: str, where: dict[str, Any], device: str, dtype: str) -> tuple[Any, Any]:

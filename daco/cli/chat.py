@@ -4,6 +4,7 @@ Reads lines of text from standard input and images by path; writes answers to st
 """
 
 import contextlib
+import difflib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,21 +15,22 @@ from daco.cli.conversation import Answer, Conversation
 from daco.errors import DacoError
 from daco.steering import SCOPES
 
-HELP = """\
-/image PATH   show the model an image with your next message; several may be given
+HELP = f"""\
+/image PATH   show the model an image with your next message, or several
 /on, /off     steer the answers, or leave them as they are
-/gamma X      strength of the shift towards desirable concepts; 'default' is the release's
-/eta X        cosine threshold of labels; 'default' takes them as released
-/scope S      where to steer: all, image, prompt or generated
-/atoms        the atoms that were removed for the last answer, all of them
+/gamma X      strength of the shift towards desirable concepts
+/eta X        cosine threshold of labels
+              ('default' in place of X takes the release's)
+/scope S      where to steer: {", ".join(SCOPES)}
+/atoms        all atoms that were removed for the last answer
 /report       everything that steering did for the last answer
-/again        answer your last message again in place of the last answer, say after /off
+/again        answer your last message anew, say after /off
 /reset        forget the conversation
 /help         these lines
-/quit         leave, as does ctrl-D"""
+/quit         leave, as does ctrl-D; ctrl-C stops an answer"""
 
 SHOWN = 5
-"""Atoms named after an answer."""
+"""Concepts named after an answer."""
 
 ATOM_COLUMNS = ("layer", "atom", "concepts", "positions", "strength")
 
@@ -78,14 +80,20 @@ class Chat:
 
     def _command(self, name: str, rest: str) -> None:
         if name not in self.commands:
-            raise ValueError(f"expected one of /{', /'.join(self.commands)}, /quit, got /{name}")
+            near = difflib.get_close_matches(name, self.commands, n=1)
+            raise ValueError(
+                f"expected a command that /help lists, got /{name}" + (f"; /{near[0]}?" if near else "")
+            )
         self.commands[name](rest)
 
     def _answer(self, text: str) -> None:
-        images, self.shown = self.shown, []
-        self._print(text, images, self.talk.say(text, self._stream))
+        answer = self.talk.say(text, self._stream)
+        images, self.shown = self.shown, []  # where the answer is stopped, they wait for the next message
+        self._print(text, images, answer)
 
     def _again(self) -> None:
+        if self.talk.said and not self.as_json:
+            show.say(f"again: {show.plain(self.talk.said[0])}", style="dim")
         text, answer = self.talk.again(self._stream)
         self._print(text, [], answer)
 
@@ -112,17 +120,16 @@ class Chat:
     def _summary(self, answer: Answer) -> str:
         if answer.report is None:
             return "[not steered]"
-        atoms = answer.atoms
-        names = [f"{_first(atom.names)} (layer {layer})" for layer, atom in atoms[:SHOWN]]
-        more = f" and {len(atoms) - SHOWN} more, /atoms shows all" if len(atoms) > SHOWN else ""
-        removed = f"removed {', '.join(names)}{more}" if atoms else "no undesirable atom fired"
-        shifted = ", shifted" if any(layer.shifted for layer in answer.report.layers) else ""
+        names = list(dict.fromkeys(_first(atom.names) for _, atom in answer.atoms))
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        removed = f"removed {', '.join(names[:SHOWN])}{more}" if names else "no undesirable atom fired"
+        shifted = "; shifted to the desirable" if any(x.shifted for x in answer.report.layers) else ""
         tokens = max((sum(layer.positions.values()) for layer in answer.report.layers), default=0)
-        return f"[steered {tokens} tokens{shifted}; {removed}]"
+        return f"[steered {tokens} tokens: {removed}{shifted}]"
 
     def _image(self, path: str) -> None:
         if not path:
-            raise ValueError("expected /image PATH, got no path")
+            raise ValueError("/image: expected a path, got none")
         self.talk.pending.append(open_image(path))
         self.shown.append(path)
         width, height = self.talk.pending[-1].size
@@ -139,17 +146,17 @@ class Chat:
         try:
             value = float(text)
         except ValueError:
-            raise ValueError(f"expected /{name} and a number or 'default', got {text!r}") from None
+            raise ValueError(f"/{name}: expected a number or 'default', got {text!r}") from None
         self._set(f"{name} is {value:g}", **{name: value})
 
     def _scope(self, text: str) -> None:
         if text not in SCOPES:
-            raise ValueError(f"expected /scope and one of {', '.join(SCOPES)}, got {text!r}")
+            raise ValueError(f"/scope: expected one of {', '.join(SCOPES)}, got {text!r}")
         self._set(f"scope is {text}", scope=text)
 
     def _atoms(self) -> None:
         if self.last is None or self.last.report is None:
-            self._note("no answer was steered yet")
+            self._note(_unsteered(self.last))
         elif self.as_json:
             show.as_json({"atoms": _atom_rows(self.last)})
         elif rows := _atom_rows(self.last):
@@ -159,7 +166,7 @@ class Chat:
 
     def _report(self) -> None:
         if self.last is None or self.last.report is None:
-            self._note("no answer was steered yet")
+            self._note(_unsteered(self.last))
         elif self.as_json:
             show.as_json(self.last.report.as_dict())
         else:
@@ -175,6 +182,10 @@ class Chat:
             show.as_json({"note": text})
         else:
             show.say(show.plain(text, lines=True), style="dim")
+
+
+def _unsteered(last: Answer | None) -> str:
+    return "no answer was steered yet" if last is None else "the last answer was not steered"
 
 
 def _first(names: list[str]) -> str:
@@ -211,7 +222,8 @@ def run_terminal(chat: Chat) -> None:
             if not chat.line(text):
                 return
         except KeyboardInterrupt:
-            show.say("\n[stopped; this turn is forgotten]", style="dim")
+            kept = "; its images go with your next message" if chat.shown else ""
+            show.say(f"\n[stopped; this turn is forgotten{kept}]", style="dim")
 
 
 def run_lines(chat: Chat) -> int:

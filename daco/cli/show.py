@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -45,13 +46,18 @@ def one_line(text: object) -> str:
 
 
 def say(text: object = "", style: str = "") -> None:
-    """Print a line of our own, whose texts from elsewhere went through `plain`."""
-    console().print(Text(str(text), style=style), soft_wrap=True)
+    """Print a text of our own, whose parts from elsewhere went through `plain`."""
+    _print(console(), Text(str(text), style=style))
 
 
 def fail(error: object) -> None:
     """Print an error, one line, to standard error."""
-    console(error=True).print(Text(f"error: {one_line(error)}", style="red"), soft_wrap=True)
+    _print(console(error=True), Text(f"error: {one_line(error)}", style="red"))
+
+
+def _print(target: Console, text: Text) -> None:
+    """Between words where a person reads it, on one line for a program."""
+    target.print(text, soft_wrap=not target.is_terminal)
 
 
 def as_json(value: Any) -> None:
@@ -65,7 +71,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Print rows: aligned for a terminal, separated by tabs elsewhere.
+    """Print rows: aligned and cut to the width of a terminal, whole and separated by tabs elsewhere.
 
     Args:
         rows: Facts by column; what is missing is empty.
@@ -78,14 +84,31 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
         for row in shown:
             print("\t".join(row[name] for name in columns))
         return
-    found = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
+    found = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    texts = [[name, *(row[name] for row in shown)] for name in columns]
+    natural = [max(map(cell_len, column)) for column in texts]
+    for name, width in zip(columns, _fitted(natural, target.width - 2 * (len(columns) - 1)), strict=True):
         right = all(re.fullmatch(r"-?[\d.,]+%?|", row[name]) for row in shown)
-        found.add_column(Text(name), justify="right" if right else "left", overflow="fold")
+        found.add_column(
+            Text(name),
+            "",
+            justify="right" if right else "left",
+            width=width,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
     for row in shown:
         style = STYLES.get(row.get("polarity", ""), "")
         found.add_row(*(Text(row[name]) for name in columns), style=style)
     target.print(found)
+
+
+def _fitted(natural: Sequence[int], room: int) -> list[int]:
+    """Widths of columns: the widest give way until all of them fit."""
+    widths = list(natural)
+    while sum(widths) > room and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
+    return widths
 
 
 def _cell(value: Any) -> str:
