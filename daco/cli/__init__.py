@@ -15,6 +15,10 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    from daco.cli.app import run
+    try:
+        from daco.cli.app import run
 
-    return run()
+        return run()
+    except KeyboardInterrupt:  # while libraries are loaded; commands end by themselves
+        print("\nstopped", file=sys.stderr)
+        return 130
