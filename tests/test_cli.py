@@ -377,15 +377,17 @@ def test_a_wrong_image_is_said_before_a_model_is_loaded(cli: Daco, folders: Fold
     refused(cli("chat", folders.model, "--model", "/no/model/here", "-i", "none.png"), "expected an image at")
 
 
+@pytest.mark.parametrize(
+    ("cause", "named"), [("no libfoo", "got: no libfoo"), ("operator torchvision::nms", "built for another")]
+)
 def test_an_import_that_fails_is_named_by_its_cause(
-    cli: Daco, folders: Folders, monkeypatch: pytest.MonkeyPatch
+    cause: str, named: str, cli: Daco, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any) -> Any:
         raise ImportError("Could not import module 'LlamaConfig'") from RuntimeError(cause)
 
     monkeypatch.setattr("daco.cli.base_model._load", broken)
-    for cause, named in (("no libfoo", "got: no libfoo"), ("operator torchvision::nms", "built for another")):
-        refused(cli("explain", folders.model, "--model", folders.base, "-t", "hello"), named)
+    refused(cli("explain", folders.model, "--model", folders.base, "-t", "hello"), named)
 
 
 def test_other_weights_are_refused_by_the_options_name(cli: Daco, folders: Folders, tmp_path: Path) -> None:
