@@ -1,4 +1,4 @@
-# make demo | test | lint | test-interop | test-clip-retrieval | wheel: each makes the environment it needs.
+# make demo | test | lint | test-interop | test-clip-retrieval | test-clients | wheel: each makes what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format test-interop wheel clean test-clip-retrieval
+.PHONY: demo test lint format test-interop wheel clean test-clip-retrieval test-clients
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m hub.demo --out runs/demo
@@ -30,11 +30,14 @@ test-interop: $(VENV)/.ready .venv-saelens/.ready
 test-clip-retrieval: $(VENV)/.ready .venv-clip-retrieval/.ready
 	CLIP_RETRIEVAL_BIN=$(CURDIR)/.venv-clip-retrieval/bin $(BIN)/python -m pytest tests/test_clip_retrieval.py -s
 
+test-clients: $(VENV)/.ready .venv-clients/.ready
+	CLIENTS_PYTHONS="$$(echo $(CURDIR)/.venv-clients/*/bin/python)" $(BIN)/python -m pytest tests/test_clients.py -s
+
 wheel: $(VENV)/.ready
 	$(BIN)/python tests/check_wheel.py
 
 clean:
-	rm -rf $(VENV) .venv-saelens .venv-clip-retrieval runs dist
+	rm -rf $(VENV) .venv-saelens .venv-clip-retrieval .venv-clients runs dist
 
 # torchvision's wheel asks for the exact torch it was built with, CUDA and all; without its dependencies it
 # takes the torch that is there.
@@ -53,4 +56,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 .venv-clip-retrieval/.ready: builders/clip_retrieval_env.sh
 	rm -rf .venv-clip-retrieval
 	builders/clip_retrieval_env.sh .venv-clip-retrieval $(PYTHON)
+	touch $@
+
+.venv-clients/.ready: tests/clients_env.sh
+	rm -rf .venv-clients
+	tests/clients_env.sh .venv-clients $(PYTHON)
 	touch $@
