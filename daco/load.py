@@ -3,6 +3,7 @@
 Reads through huggingface_hub's cache, so `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and tokens work.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,7 @@ def _download(repo: str, name: str, **options: Any) -> Path:
         problem = f"expected a folder or a {kind} repo {where}, got neither; check the name and your login"
         raise ArtefactNotFoundError(problem) from error
     except RevisionNotFoundError as error:
-        problem = (
-            f"{repo} has no revision {options.get('revision')!r}; list them with `HfApi().list_repo_refs`"
-        )
-        raise ArtefactNotFoundError(problem) from error
+        raise ArtefactNotFoundError(_no_revision(repo, str(options.get("revision")))) from error
     except LocalEntryNotFoundError as error:
         problem = f"{where}: {name} is not in the cache and the Hub was not asked or did not answer"
         raise ArtefactNotFoundError(problem) from error
@@ -152,3 +150,10 @@ def _download(repo: str, name: str, **options: Any) -> Path:
         raise HubUnavailableError(
             f"{where}: could not fetch {name}: {type(error).__name__}; try again"
         ) from error
+
+
+def _no_revision(repo: str, revision: str) -> str:
+    """What to say of a revision that is not there; releases' tags start with v, which is easily left out."""
+    meant = re.fullmatch(r"\d+\.\d+\.\d+", revision)
+    hint = f"did you mean 'v{revision}'?" if meant else "list them with `HfApi().list_repo_refs`"
+    return f"{repo} has no revision {revision!r}; {hint}"

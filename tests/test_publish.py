@@ -166,6 +166,8 @@ assert "expected a folder or a model repo org/none@v1.0.0, got neither" in refus
     daco.SteeringSAE.from_pretrained, "org/none", revision=TAG)
 assert "org/DACO-tiny has no revision 'v9.9.9'" in refused(
     daco.ConceptDictionary.from_pretrained, DATASET, revision="v9.9.9")
+assert "org/DACO-tiny has no revision '1.0.0'; did you mean 'v1.0.0'?" in refused(
+    daco.ConceptDictionary.from_pretrained, DATASET, revision="1.0.0")
 assert "neither" in refused(daco.SteeringSAE.from_pretrained, DATASET)  # a dataset is no model
 
 damaged = [p for p in pathlib.Path(constants.HF_HUB_CACHE).rglob("*")
