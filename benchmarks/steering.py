@@ -405,9 +405,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     torch.set_num_threads(arguments.threads)
-    if (
-        arguments.mode == "compiled"
-    ):  # plain hooks, put on after compiling, are seen at the cost of a guard
+    if arguments.mode == "compiled":  # plain hooks, put on after compiling, are seen at the cost of a guard
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch._dynamo.config.recompile_limit = 64  # one graph for each contender
     table, sae, what = speed(SHAPES[arguments.shape], arguments)
