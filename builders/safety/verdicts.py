@@ -13,7 +13,7 @@ class Verdict(NamedTuple):
     """One figure of one answer."""
 
     value: float | None
-    """0 or 1, for fluency between; None: the judge's answer could not be read, which is counted, not guessed."""
+    """0 or 1, for fluency between; None: the judge could not be read, which is counted, not guessed."""
     reason: str
     """The judge's own words, or the rule that spoke; may be empty."""
 
