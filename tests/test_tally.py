@@ -6,6 +6,22 @@ import torch
 from daco.report import HELD, PLACES, Tally, layer_report
 
 
+class Removed:
+    """A method that removes atoms numbered from 10, and shifts nothing."""
+
+    def __init__(self, n_atoms: int) -> None:
+        self.numbers = list(range(10, 10 + n_atoms))
+
+    def atoms(self, layer: int) -> list[int]:
+        return self.numbers
+
+    def names(self, layer: int, atom: int) -> list[str]:
+        return [str(atom)]
+
+    def shifted(self, layer: int) -> bool:
+        return False
+
+
 def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -24,10 +40,12 @@ def test_counts_are_those_of_every_position(sizes: list[int]) -> None:
         tally.add(z[part], delta[part], strengths[part], None if whole else weight[part])
         assert sum(len(held[0]) for held in tally._held) < HELD
         start += size
-    tally.places += torch.tensor([0, 0, int(weight.sum())])
-    report = layer_report(3, tally, list(range(10, 17)), lambda atom: [str(atom)], shifted=False)
+    kept = int(weight.sum())
+    tally.add_places(torch.tensor([[0, 0, kept - 1], [0, 1, 0]]))
+    report = layer_report(3, tally, Removed(7))
     relative = (delta.norm(dim=1) / z.norm(dim=1))[weight]
-    assert report.positions == dict(zip(PLACES, (0, 0, int(weight.sum())), strict=True))
+    assert report.positions == dict(zip(PLACES, (0, 1, kept - 1), strict=True))
+    assert report.by_row == [dict(zip(PLACES, row, strict=True)) for row in ((0, 0, kept - 1), (0, 1, 0))]
     assert report.relative_change == pytest.approx(float(relative.mean()), rel=1e-12)
     assert report.relative_change_max == pytest.approx(float(relative.max()), rel=1e-12)
     fired = {found.atom - 10: found for found in report.atoms}
@@ -45,5 +63,5 @@ def test_a_report_may_be_read_again_and_counting_goes_on() -> None:
         with torch.inference_mode():
             tally.add(draw(1, 4, seed=0), draw(1, 4, seed=1), torch.ones(1, 1), None)
         for _ in range(2):
-            report = layer_report(0, tally, [5], lambda atom: [], shifted=True)
+            report = layer_report(0, tally, Removed(1))
             assert report.atoms[0].positions == expected
