@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient, errors, get_token
 
-from daco.errors import EndpointError
+from daco.errors import EndpointError, EndpointQuestionError
 
 TOKEN = "DACO_ENDPOINT_TOKEN"
 """Environment variable of the token for `base_url`; Hugging Face's token is never sent to another host."""
@@ -25,6 +25,9 @@ LONGEST_WAIT = 60.0
 
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """Statuses after which asking again may help."""
+
+_OF_THE_QUESTION = frozenset({400, 413, 422})
+"""Statuses of a question that is too long, or that the server's own filter does not let through."""
 
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|sk-[\w-]{8,}|(?i:bearer\s+\S+)|(?<=://)[^/\s@]+@")
 
@@ -61,6 +64,7 @@ class Endpoint:
         """The answer to one prompt, as text; what the server cannot answer now is asked again.
 
         Raises:
+            EndpointQuestionError: the server refused this question, and may answer others.
             EndpointError: the server refused, or gave no answer within `ATTEMPTS`.
         """
         for attempt in range(ATTEMPTS):
@@ -69,7 +73,7 @@ class Endpoint:
             except (errors.HTTPError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
                 trouble = error
                 if not is_passing(error):
-                    raise EndpointError(f"{self.name}: refused: {self._told(error)}") from None
+                    raise _refusal(error)(f"{self.name}: refused: {self._told(error)}") from None
             if attempt < ATTEMPTS - 1:
                 sleep(wait_seconds(trouble, attempt))
         raise EndpointError(
@@ -94,6 +98,11 @@ class Endpoint:
         response = getattr(error, "response", None)
         status = "" if response is None else f"HTTP {response.status_code}, "
         return f"{status}{type(error).__name__}: {_SECRET.sub('***', text)}"
+
+
+def _refusal(error: BaseException) -> type[EndpointError]:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return EndpointQuestionError if status in _OF_THE_QUESTION else EndpointError
 
 
 def is_passing(error: BaseException) -> bool:

@@ -84,6 +84,10 @@ class EndpointError(DacoError, ConnectionError):
     """A model behind HTTP refused a question, or did not answer it within the bounded retries."""
 
 
+class EndpointQuestionError(EndpointError):
+    """A model behind HTTP refused one question for what it says or for its length, not whoever asks."""
+
+
 class VerificationError(DacoError, RuntimeError):
     """What was read back from the Hub differs from the manifest."""
 
