@@ -93,6 +93,79 @@ def join_images(
     print(", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Hub id, with @revision if you like, or a folder.")],
+    suites: Annotated[str, typer.Option(help="Such as mm-safetybench=FOLDER,figstep=FOLDER,mmmu.")],
+    out: Out,
+    sae: Annotated[str, typer.Option(help="Model release: repo@tag or a folder; for daco.")] = "",
+    dictionary: Annotated[str, typer.Option(help="Dataset release; default: the SAEs' own.")] = "",
+    directions: Annotated[str, typer.Option(help="Model's short name in it, where several are.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Methods, comma separated.")
+    ] = "none,prompting,actadd,mop,daco",
+    judges: Annotated[
+        str, typer.Option(help="Of rule, choice, likelihood, guard:MODEL, endpoint:MODEL, fluency:MODEL.")
+    ] = "rule,choice",
+    base_url: Annotated[str, typer.Option(help="Server of OpenAI's protocol for endpoint judges.")] = "",
+    rubric: Annotated[
+        Path | None, typer.Option(help="Wording for endpoint judges, in place of ours.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="method.setting=value; may be repeated.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Items a call of generate.")] = 8,
+    max_answer: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
+    items: Annotated[int, typer.Option(help="Items of each suite, evenly spread; 0 is all.")] = 0,
+    part: Annotated[str, typer.Option(help="Do the i-th of n parts: one a process or machine.")] = "1/1",
+    base_model_ok: Annotated[bool, typer.Option(help="Accept a fine-tune or quantised copy.")] = False,
+) -> None:
+    """Ask a model the items of safety suites under each method, judge the answers, make the table."""
+    from builders.safety import command
+    from builders.safety.run import Asking, part_of
+
+    asking = Asking(batch, max_answer, items, base_model_ok, part_of(part))
+    made = command.evaluate(
+        command.Evaluation(
+            model=model,
+            out=out,
+            suites=_listed(suites),
+            judges=_listed(judges),
+            methods=_listed(methods),
+            sae=sae,
+            dictionary=dictionary,
+            directions=directions,
+            settings=tuple(overrides or ()),
+            dtype=dtype,
+            base_url=base_url,
+            rubric=rubric,
+            asking=asking,
+        )
+    )
+    print((out / "report.md").read_text("utf-8") if made else f"part {part} is done; others are not yet")
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of an evaluation.")],
+    into: Annotated[Path | None, typer.Option(help="Model release whose evaluation.json takes it.")] = None,
+) -> None:
+    """Make the table of an evaluation anew, and put it into a release."""
+    from builders.safety.report import REPORT, into_release, write_report
+
+    found = write_report(out)
+    print((out / REPORT).read_text("utf-8"))
+    if into:
+        into_release(found, into)
+        print(f"next: python -m hub stage {into}")
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """Comma-separated names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def print_status(out: Path) -> None:
     """Print one line a stage: rows in, rows out, and what was skipped why."""
     for name in stage_names():

@@ -1,0 +1,121 @@
+"""Asks a model the items of a suite, in batches; reads the items' pictures, writes nothing.
+
+Answers are greedy. Pictures stand before the text of the user's turn, in their order, whatever markers the
+text has. What spells a control token in a text is broken up (`daco.prompts`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jinja2.exceptions import TemplateError
+from PIL.Image import Image
+
+from builders.answers import generated_ids
+from builders.safety.items import Item
+from daco.errors import UnsupportedModelError
+from daco.methods import SafetyPrompt
+from daco.prompts import chat_inputs, turn
+
+
+class Answer(NamedTuple):
+    """What a model said to an item."""
+
+    text: str | None
+    """The answer; None where it was not asked."""
+    n_tokens: int
+    """Tokens that were generated, without the end."""
+    cut: bool
+    """Whether it is as long as answers may be."""
+    trouble: str
+    """Why it was not asked; empty where it was."""
+
+
+class Asked(NamedTuple):
+    """Items whose pictures could be opened, and what is wrong with the others."""
+
+    rows: list[int]
+    """Which of the items can be asked."""
+    pictures: list[list[Image]]
+    """Theirs."""
+    trouble: dict[int, str]
+    """Why the others cannot."""
+
+
+def opened(items: Sequence[Item]) -> Asked:
+    """The pictures of items; one that cannot be read leaves its item out."""
+    found = Asked([], [], {})
+    for row, item in enumerate(items):
+        try:
+            pictures = [picture.open() for picture in item.pictures]
+        except Exception as error:  # Pillow's plug-ins agree on no class
+            found.trouble[row] = f"unreadable picture: {type(error).__name__}"
+            continue
+        found.rows.append(row)
+        found.pictures.append(pictures)
+    return found
+
+
+def conversation(processor: Any, item: Item, prompt: SafetyPrompt | None) -> list[dict[str, Any]]:
+    """An item as a conversation of one user turn, behind the safety prompt where there is one."""
+    turns = [turn(processor, "user", item.prompt, len(item.pictures))]
+    return prompt.apply(turns) if prompt else turns
+
+
+def inputs_of(
+    processor: Any, items: Sequence[Item], pictures: Sequence[list[Image]], prompt: SafetyPrompt | None
+) -> Any:
+    """Model inputs of items, left-padded.
+
+    Raises:
+        UnsupportedModelError: the model's chat template cannot render them (some take no system message).
+    """
+    try:
+        turns = [conversation(processor, item, prompt) for item in items]
+        return chat_inputs(processor, turns, pictures)
+    except TemplateError as error:
+        what = "a system message" if prompt else "one user turn"
+        raise UnsupportedModelError(
+            f"expected a chat template that takes {what}, got {error}; leave the method out"
+        ) from error
+
+
+@torch.no_grad()
+def ask(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    pictures: Sequence[list[Image]],
+    max_answer: int,
+    prompt: SafetyPrompt | None = None,
+) -> list[Answer]:
+    """Greedy answers to one batch of items.
+
+    Args:
+        model: The MLLM, steered or not.
+        processor: Its processor.
+        items: One a row.
+        pictures: Theirs, opened.
+        max_answer: Tokens of an answer, at most.
+        prompt: A safety prompt in front.
+    """
+    inputs = inputs_of(processor, items, pictures, prompt).to(model.device)
+    said = generated_ids(model, processor, inputs, max_answer)
+    texts = processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+    return [
+        Answer(text.strip(), len(ids), len(ids) >= max_answer, "")
+        for text, ids in zip(texts, said, strict=True)
+    ]
+
+
+def batches(items: Sequence[Item], size: int) -> list[list[int]]:
+    """Numbers of the items of each batch: those of like length and as many pictures together.
+
+    Some models take pictures in all rows of a batch or in none, and padding costs time.
+    """
+    found: list[list[int]] = []
+    for n_pictures in sorted({len(item.pictures) for item in items}):
+        rows = [row for row, item in enumerate(items) if len(item.pictures) == n_pictures]
+        rows.sort(key=lambda row: (len(items[row].prompt), row))
+        found += [rows[start : start + size] for start in range(0, len(rows), size)]
+    return found

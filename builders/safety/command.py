@@ -1,0 +1,166 @@
+"""The evaluation as one call: loads what is compared, asks, has the answers judged, and makes the table.
+
+Reads a model, a model release, a dataset release and suites; writes the folder of `builders.safety.run`.
+Judges that need a model of their own are loaded after the answers are there, one after the other.
+"""
+
+import dataclasses
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from builders.mllm import load_mllm
+from builders.safety.items import Suite
+from builders.safety.judges import judge_of
+from builders.safety.methods import BY_DICTIONARY, build, parse_settings
+from builders.safety.report import missing, write_report
+from builders.safety.run import Asking, answer_all, cells_of, jobs_of, judge_all, record, scores_name, thinned
+from builders.safety.suites import read_suite
+from daco.dictionary import ConceptDictionary
+from daco.errors import RecipeError
+from daco.sites import ModelFacts
+from daco.steering_sae import SteeringSAE
+
+METHODS = ("none", "prompting", "actadd", "mop", "daco")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated, as texts: see `python -m builders evaluate --help`."""
+
+    model: str
+    """Hub id with `@revision`, or a folder."""
+    out: Path
+    """The run's folder; running again resumes."""
+    suites: tuple[str, ...]
+    """Specs of `builders.safety.suites.read_suite`."""
+    judges: tuple[str, ...] = ("rule", "choice")
+    """Specs of `builders.safety.judges.judge_of`."""
+    methods: tuple[str, ...] = METHODS
+    """Keys of `builders.safety.methods.METHODS`."""
+    sae: str = ""
+    """A model release: repo with `@revision`, or a folder."""
+    dictionary: str = ""
+    """A dataset release likewise; empty: the one the SAEs name."""
+    settings: tuple[str, ...] = ()
+    """`method.setting=value`."""
+    directions: str = ""
+    """Short name of the model in it, where the dictionary has directions of several."""
+    dtype: str = "bfloat16"
+    """Of the model."""
+    base_url: str = ""
+    """Server of OpenAI's protocol, for judges `endpoint:`."""
+    rubric: Path | None = None
+    """Wording of the rubric, in place of ours."""
+    asking: Asking = field(default_factory=Asking)
+    """How the model is asked."""
+
+
+class Place(NamedTuple):
+    """Where something is loaded from."""
+
+    name: str
+    revision: str | None
+
+
+def place_of(text: str) -> Place:
+    """`org/name@revision`, `org/name`, or a folder whatever its name."""
+    name, at, revision = text.rpartition("@")
+    if not at or Path(text).exists():
+        return Place(text, None)
+    return Place(name, revision)
+
+
+def evaluate(plan: Evaluation) -> bool:
+    """Do what is not done yet, as far as this process's part goes; True where the table could be made.
+
+    Raises:
+        RecipeError: what was asked for does not fit together.
+        CorpusError: a suite is not in its official layout.
+        ArtefactNotFoundError: there is no such model, release or suite.
+        ModelMismatchError: the SAEs or directions belong to another model.
+        EndpointError: a judge's server refused.
+        DiskError: there is no room.
+    """
+    given = parse_settings(plan.methods, plan.settings)
+    suites = _suites(plan)
+    steering, dictionary = _built_from(plan)
+    arms = build(given, steering, dictionary)
+    model, processor = _load(plan)
+    for made_for in (steering and steering.base_model, dictionary and dictionary.model):
+        if made_for:
+            made_for.check(model, plan.asking.base_model_ok)  # before anything is asked
+    cells = cells_of(model, suites, arms, plan.asking)
+    jobs = jobs_of(cells, plan.asking.part)
+    facts = protocol(plan, model, steering, dictionary)
+    record(plan.out, cells, [], facts)
+    answer_all(plan.out, model, processor, jobs, plan.asking)
+    told = []
+    for spec in sorted(plan.judges, key=lambda spec: not _asks_the_model(spec)):
+        if not _asks_the_model(spec):
+            model = processor = None  # makes room for the judge's own
+            gc.collect()
+        judge = judge_of(spec, base_url=plan.base_url, rubric=plan.rubric, model=model, processor=processor)
+        told.append({"name": judge.name, "figure": judge.figure, "folder": scores_name(judge)})
+        judge_all(plan.out, judge, jobs)
+        record(plan.out, cells, told, facts)
+    if missing(plan.out):
+        return False
+    write_report(plan.out)
+    return True
+
+
+def protocol(
+    plan: Evaluation, model: Any, steering: SteeringSAE | None, dictionary: ConceptDictionary | None
+) -> dict[str, Any]:
+    """What the table must say of how it was made."""
+    found = dataclasses.asdict(ModelFacts.of(model))
+    del found["fingerprint"]
+    made_from = {
+        "sae": {"name": steering.name, "commit": steering.commit or ""} if steering else {},
+        "dictionary": {"name": dictionary.name, "commit": dictionary.commit or ""} if dictionary else {},
+    }
+    return {
+        "model": found | {"dtype": plan.dtype},
+        "decoding": {"greedy": True, "max_answer": plan.asking.max_answer},
+        "from": {name: facts for name, facts in made_from.items() if facts},
+    }
+
+
+def _suites(plan: Evaluation) -> list[Suite]:
+    found = [thinned(read_suite(spec), plan.asking.items) for spec in plan.suites]
+    names = [suite.name for suite in found]
+    if len(set(names)) != len(names) or not names:
+        raise RecipeError(f"suites: expected each once and at least one, got {names}")
+    return found
+
+
+def _built_from(plan: Evaluation) -> tuple[SteeringSAE | None, ConceptDictionary | None]:
+    """The SAEs and directions that the methods need, and no others."""
+    needed = set(plan.methods)
+    sae = place_of(plan.sae)
+    steering = SteeringSAE.from_pretrained(sae.name, revision=sae.revision) if plan.sae else None
+    if not needed & set(BY_DICTIONARY):
+        return steering, None
+    named = steering.config["dictionary"] if steering else {}
+    told = plan.dictionary or (f"{named['dataset']}@{named['tag']}" if named.get("dataset") else "")
+    if not told:
+        return steering, None
+    place = place_of(told)
+    return steering, ConceptDictionary.from_pretrained(
+        place.name, plan.directions or None, revision=place.revision
+    )
+
+
+def _load(plan: Evaluation) -> tuple[Any, Any]:
+    place = place_of(plan.model)
+    model, processor = load_mllm(place.name, place.revision, plan.dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def _asks_the_model(spec: str) -> bool:
+    """Whether a judge uses the evaluated model itself."""
+    return spec.split(":")[0] == "likelihood"
