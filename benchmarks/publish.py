@@ -194,7 +194,7 @@ def measured(env: dict[str, str], step: Callable[..., None], *arguments: Any) ->
 def scattered(table: pa.Table, column: str) -> pa.Table:
     """The table with one row in CHANGED changed in one column, anywhere."""
     rows = np.random.default_rng(7).choice(table.num_rows, table.num_rows // CHANGED, replace=False)
-    values = table[column].to_pandas()
+    values = table[column].to_pandas().copy()  # a view of arrow memory cannot be written
     values.iloc[rows] = values.iloc[rows].astype(str) + " changed" if column == "caption" else 0.5
     at = table.schema.get_field_index(column)
     return table.set_column(at, table.schema.field(at), pa.array(pd.Series(values), table.schema.types[at]))

@@ -53,12 +53,16 @@ class LocalHub:
 
 
 @contextlib.contextmanager
-def running(folder: Path, page: int = 1000) -> Iterator[LocalHub]:
-    """A Hub whose root is `folder/hub`; open it again after closing to see what a restart keeps."""
+def running(folder: Path, page: int = 1000, strict: bool = True) -> Iterator[LocalHub]:
+    """A Hub whose root is `folder/hub`; open it again after closing to see what a restart keeps.
+
+    A client that asked for something which the Hub does not know fails the test, unless not `strict`.
+    """
     (folder / "home").mkdir(parents=True, exist_ok=True)
     faults = Faults()
     with background(folder / "hub", page=page, wrap=faults.around) as url:
         yield LocalHub(url, folder / "hub", folder / "home", faults)
+    assert not (strict and faults.strange), faults.strange
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def api(local_hub: LocalHub) -> HfApi:  # noqa: F811
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HfApi]:
     """A client of one Hub for all tests that must not change it."""
-    with running(tmp_path_factory.mktemp("steady")) as hub:
+    with running(tmp_path_factory.mktemp("steady"), strict=False) as hub:
         hub.api().create_repo(**DATA)
         yield hub.api()
 
@@ -401,7 +402,19 @@ def test_private_and_gated(local_hub: LocalHub, api: HfApi, tmp_path: Path) -> N
         nobody.hf_hub_download(**DATA, filename="a.txt", cache_dir=tmp_path)
     with pytest.raises(GatedRepoError):
         nobody.auth_check(**DATA)
+    with pytest.raises(GatedRepoError) as refused:
+        reader.hf_hub_download(**DATA, filename="a.txt", cache_dir=tmp_path / "reader")
+    assert refused.value.response.status_code == 403
+    api.grant_access(REPO, "reader", repo_type="dataset")
+    assert [one.username for one in api.list_accepted_access_requests(REPO, repo_type="dataset")] == [
+        "reader"
+    ]
     assert reader.hf_hub_download(**DATA, filename="a.txt", cache_dir=tmp_path / "reader")
+    api.reject_access_request(REPO, "reader", repo_type="dataset", rejection_reason="no")
+    with pytest.raises(GatedRepoError):
+        reader.auth_check(**DATA)
+    with pytest.raises(HfHubHTTPError, match="not found"):
+        api.grant_access(REPO, "nobody", repo_type="dataset")
     api.update_repo_settings(**DATA, visibility="private", gated=False)
     with pytest.raises(RepositoryNotFoundError) as missing:
         nobody.dataset_info(REPO)
@@ -419,6 +432,48 @@ def test_private_and_gated(local_hub: LocalHub, api: HfApi, tmp_path: Path) -> N
         local_hub.api("hf_wrong").dataset_info(REPO)
     assert error.value.response.status_code == 401
     assert "hf_wrong" not in error.value.response.text
+
+
+# --- pull requests
+
+
+def propose(api: HfApi, files: dict[str, bytes], parent: str | None = None) -> Any:
+    operations = [add(path, content) for path, content in files.items()]
+    return api.create_commit(
+        operations=operations, commit_message="files", create_pr=True, parent_commit=parent, **DATA
+    )
+
+
+def test_a_pull_request_of_a_reader_waits_until_it_is_merged(local_hub: LocalHub, api: HfApi) -> None:  # noqa: F811
+    head = publish(api, **{"a.txt": b"a", "old.txt": b"old"})
+    reader = local_hub.api(READER)
+    proposed = propose(reader, {"b.txt": b"b", "b.parquet": b"PAR1"})
+    assert (proposed.pr_num, proposed.pr_revision) == (1, "refs/pr/1")
+    assert api.dataset_info(REPO).sha == head
+    names = {".gitattributes", "a.txt", "b.parquet", "b.txt", "old.txt"}
+    assert set(api.list_repo_files(**DATA, revision="refs/pr/1")) == names
+    refs = api.list_repo_refs(**DATA, include_pull_requests=True)
+    assert [(one.ref, one.target_commit) for one in refs.pull_requests] == [("refs/pr/1", proposed.oid)]
+    (listed,) = api.get_repo_discussions(**DATA, discussion_type="pull_request", discussion_status="open")
+    assert (listed.num, listed.author, listed.title) == (1, "reader", "files")
+    with pytest.raises(HfHubHTTPError):
+        reader.merge_pull_request(REPO, 1, repo_type="dataset")
+    publish(api, **{"c.txt": b"c"})
+    api.merge_pull_request(REPO, 1, repo_type="dataset")
+    assert set(api.list_repo_files(**DATA)) == names | {"c.txt"}
+    assert not list(api.get_repo_discussions(**DATA, discussion_status="open"))
+    with pytest.raises(HfHubHTTPError, match="expected an open pull request, got 1, which is merged"):
+        api.merge_pull_request(REPO, 1, repo_type="dataset")
+
+
+def test_a_pull_request_on_what_changed_since_is_not_merged(api: HfApi) -> None:
+    parent = publish(api, **{"a.txt": b"a"})
+    publish(api, **{"a.txt": b"b"})
+    assert propose(api, {"a.txt": b"c"}, parent).pr_num == 1
+    with pytest.raises(HfHubHTTPError, match=r"'a\.txt' was changed on main since"):
+        api.merge_pull_request(REPO, 1, repo_type="dataset")
+    assert api.change_discussion_status(REPO, 1, "closed", repo_type="dataset").new_status == "closed"
+    assert not list(api.get_repo_discussions(**DATA, discussion_status="open"))
 
 
 # --- commits
@@ -716,11 +771,12 @@ def test_unknown_header_fields_of_a_commit_are_refused(steady: HfApi) -> None:
     [
         ("GET", "/"),
         ("GET", "/api/spaces/org/name"),
-        ("GET", f"/api/datasets/{REPO}/discussions"),
+        ("GET", f"/api/datasets/{REPO}/discussions/1"),
+        ("GET", f"/api/datasets/{REPO}/discussions?p=a"),
         ("GET", f"/api/datasets/{REPO}/xet-read-token/main"),
         ("PATCH", f"/api/datasets/{REPO}"),
         ("POST", f"/api/datasets/{REPO}/super-squash/main"),
-        ("POST", f"/api/datasets/{REPO}/commit/main?create_pr=1"),
+        ("POST", f"/api/datasets/{REPO}/commit/v9?create_pr=1"),
         ("GET", f"/api/datasets/{REPO}?full=true"),
         ("GET", f"/api/datasets/{REPO}?expand=colour"),
         ("GET", f"/api/datasets/{REPO}?blobs=perhaps"),
@@ -766,6 +822,31 @@ def test_faults_can_be_ordered(local_hub: LocalHub, api: HfApi) -> None:  # noqa
     with pytest.raises(HfHubHTTPError) as error:
         api.create_commit(operations=[add("c.txt", b"c")], commit_message="c", parent_commit=head, **DATA)
     assert error.value.response.status_code == 412
+
+
+def test_bodies_can_be_slow_and_answers_stale(local_hub: LocalHub, api: HfApi) -> None:  # noqa: F811
+    first = publish(api, **{"a.txt": b"a" * 100})
+    path = f"/api/datasets/{REPO}/refs"
+    known = ask(api.endpoint, "GET", path).json()
+    publish(api, **{"a.txt": b"b" * 100})
+    local_hub.faults.stale("GET", "/refs$")
+    assert ask(api.endpoint, "GET", path).json() == known
+    assert ask(api.endpoint, "GET", path).json()["branches"][0]["targetCommit"] != first
+    local_hub.faults.fail("GET", "/resolve/", slow=0.5)
+    start = time.monotonic()
+    url = f"/datasets/{REPO}/resolve/main/a.txt"
+    with httpx2.stream(
+        "GET", f"{api.endpoint}{url}", trust_env=False, headers={"accept-encoding": ""}
+    ) as answer:
+        parts = list(answer.iter_raw())
+    assert (b"".join(parts), len(parts)) == (b"b" * 100, 10)
+    assert time.monotonic() - start > 0.4
+    assert ask(api.endpoint, "GET", url).content == b"b" * 100
+
+
+def test_what_the_hub_does_not_know_fails_the_test(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="unknown header 'x-odd'"), running(tmp_path) as hub:
+        assert ask(hub.url, "GET", "/api/whoami-v2", headers={"x-odd": "1"}).status_code == 400
 
 
 def test_url_of_a_file_is_the_hubs(api: HfApi) -> None:

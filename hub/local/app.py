@@ -27,7 +27,12 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 TOKENS = {"hf_local": "write", "hf_local_reader": "read"}
 """The tokens of a local Hub and what each may do; not secrets: the Hub answers this machine only."""
 
-USER = "local"
+USERS = {"write": "local", "read": "reader"}
+"""Who holds a token, by what it may do."""
+
+STRANGE = "NotOfThisHub"
+"""Code of the error of a request with something that this Hub does not know; tests fail on any."""
+
 BODY_LIMIT = 512 * 1024 * 1024
 """Largest body of one request in bytes; LFS uploads are streamed and have no limit."""
 
@@ -80,6 +85,11 @@ class Call:
         return parse_json(self.body)
 
 
+def strange(what: str) -> ApiError:
+    """The refusal of what this Hub would have to ignore."""
+    return ApiError(400, what, STRANGE)
+
+
 def parse_json(content: bytes) -> Any:
     """Parse JSON that came from a client."""
     try:
@@ -100,7 +110,7 @@ def fields(
         raise ApiError(400, f"{where}: expected an object, got {type(value).__name__}")
     known = {**required, **(optional or {})}
     if unknown := sorted(value.keys() - known.keys()):
-        raise ApiError(400, f"{where}: unknown field {unknown[0]!r}; known are {sorted(known)}")
+        raise strange(f"{where}: unknown field {unknown[0]!r}; known are {sorted(known)}")
     for name, kind in known.items():
         got = value.get(name)
         if got is None and name not in required:
@@ -214,6 +224,12 @@ class Hub:
         if role != "write":
             raise ApiError(403, "Forbidden: the token has no write access; use one with the role 'write'")
 
+    def member(self, call: Call) -> str:
+        """The user who calls; refuse a caller without a token."""
+        if (role := self.role(call)) is None:
+            raise ApiError(401, "Invalid username or password.")
+        return USERS[role]
+
     def repo(self, call: Call, write: bool = False) -> Repo:
         """The repo a call names, if the caller may see (or change) it; else a private one does not exist."""
         role = self.role(call)
@@ -226,12 +242,14 @@ class Hub:
         return repo
 
     def check_gate(self, call: Call, repo: Repo) -> None:
-        """Refuse the files of a gated repo to callers who have no access: here, all without a token."""
-        if repo.settings["gated"] and self.role(call) is None:
-            message = (
-                f"Access to {repo.kind[:-1]} {repo.id} is restricted. You must be authenticated to access it."
-            )
-            raise ApiError(401, message, "GatedRepo")
+        """Refuse the files of a gated repo to callers who may not write to it and were not let in."""
+        if not repo.settings["gated"]:
+            return
+        where = f"Access to {repo.kind[:-1]} {repo.id} is restricted"
+        if (role := self.role(call)) is None:
+            raise ApiError(401, f"{where}. You must be authenticated to access it.", "GatedRepo")
+        if role != "write" and USERS[role] not in repo.access:
+            raise ApiError(403, f"{where} and you are not in the authorized list.", "GatedRepo")
 
     def signature(self, *parts: object) -> str:
         """What makes an upload link valid without a token."""
@@ -250,14 +268,14 @@ def find_endpoint(request: Request) -> tuple[Endpoint, dict[str, str]]:
                 return endpoint, names
             other = True
     what = "method for this path" if other else "path"
-    raise ApiError(400, f"unknown {what}: {request.method} {path}; this local Hub does not have it")
+    raise strange(f"unknown {what}: {request.method} {path}; this local Hub does not have it")
 
 
 def check_headers(request: Request, ranges: bool) -> None:
     """Refuse a request header nobody would act on."""
     for name in request.headers:
         if name not in HEADERS or (name == "range" and not ranges):
-            raise ApiError(400, f"unknown header {name!r}: this local Hub would ignore it; do not send it")
+            raise strange(f"unknown header {name!r}: this local Hub would ignore it; do not send it")
 
 
 def query_of(request: Request, allowed: Sequence[str]) -> dict[str, str | list[str]]:
@@ -269,7 +287,7 @@ def query_of(request: Request, allowed: Sequence[str]) -> dict[str, str | list[s
         elif f"{name}*" in allowed:
             query[name] = [*query.get(name, []), value]
         else:
-            raise ApiError(400, f"unknown or repeated query parameter {name!r}; known are {list(allowed)}")
+            raise strange(f"unknown or repeated query parameter {name!r}; known are {list(allowed)}")
     return query
 
 

@@ -4,6 +4,8 @@ faults = Faults()
 with background(root, wrap=faults.around) as url:
     faults.fail("POST", "/commit/", 504, landed=True)   # the commit is made, and the answer is lost
     faults.fail("GET", "/resolve/", drop=True, nth=2)   # the second download breaks off in its middle
+    faults.fail("GET", "/resolve/", slow=9.0)           # a download trickles for nine seconds
+    faults.stale("GET", "/refs$", times=2)              # two answers are what the last one before said
 """
 
 import asyncio
@@ -15,6 +17,11 @@ from dataclasses import dataclass, field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hub.local.app import STRANGE
+
+PARTS = 10
+"""Pieces in which a slow body comes."""
 
 HTML = "<html>sorry</html>"
 """What a real Hub's front says instead of JSON when it is in trouble."""
@@ -45,6 +52,8 @@ class Rule:
     landed: bool = False
     drop: bool = False
     wait: float = 0.0
+    slow: float = 0.0
+    stale: bool = False
     call: Callable[[], object] | None = None
     seen: int = 0
 
@@ -63,7 +72,13 @@ class Faults:
         self.app: ASGIApp | None = None
         self.log: list[tuple[str, str, int]] = []
         """(method, path, status) of every answer; 0 where the connection was dropped."""
+        self.bodies: list[tuple[str, str, bytes]] = []
+        """(method, path, body) of every request but uploads, while `recording`."""
+        self.recording = False
+        self.strange: list[str] = []
+        """What clients asked that this Hub does not know."""
         self.rules: list[Rule] = []
+        self._answers: dict[tuple[str, str], list[Message]] = {}
 
     def around(self, app: ASGIApp) -> ASGIApp:
         """Stand before `app`; what `hub.local.server.background` takes as `wrap`."""
@@ -83,6 +98,7 @@ class Faults:
         landed: bool = False,
         drop: bool = False,
         wait: float = 0.0,
+        slow: float = 0.0,
     ) -> None:
         """Break requests whose path has `path` (a regular expression) in it.
 
@@ -97,10 +113,16 @@ class Faults:
             landed: Do what the request asks first.
             drop: Close the connection in the middle of the body instead.
             wait: Seconds before the answer.
+            slow: Do what the request asks, and let the answer's body come byte by byte over these seconds.
         """
-        more = {} if headers is None else {"headers": headers}
-        rule = Rule(method, path, times, nth, status, body, landed=landed, drop=drop, wait=wait, **more)
+        rule = Rule(method, path, times, nth, status, body, landed=landed, drop=drop, wait=wait, slow=slow)
+        if headers is not None:
+            rule.headers = headers
         self.rules.append(rule)
+
+    def stale(self, method: str, path: str, times: int = 1, nth: int = 1) -> None:
+        """Answer matching requests as the same request was answered the last time, as a lagging copy does."""
+        self.rules.append(Rule(method, path, times, nth, stale=True))
 
     def before(
         self, method: str, path: str, call: Callable[[], object], times: int = 1, nth: int = 1
@@ -116,15 +138,49 @@ class Faults:
         """Answer one request, or break it."""
         assert self.app is not None
 
+        where = scope["method"], scope["raw_path"].decode() + "?" + scope["query_string"].decode()
+        answer: list[Message] = []
+
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.log.append((scope["method"], scope["path"], message["status"]))
+                self._note_strange(scope, message)
+            if scope["method"] == "GET" and "/api/" in scope["path"]:
+                answer.append(message)
             await send(message)
 
+        if self.recording and not scope["path"].startswith("/lfs/"):
+            receive = self._recorded(scope, receive)
         taking = [rule for rule in self.rules if rule.takes(scope)]
-        if not taking:
-            return await self.app(scope, receive, noted)
+        if taking and taking[0].stale and where in self._answers:
+            for message in self._answers[where]:
+                await noted(message)
+            return
+        if not taking or taking[0].stale:
+            await self.app(scope, receive, noted)
+            if answer:
+                self._answers[where] = answer
+            return
         await self._broken(taking[0], scope, receive, noted)
+
+    def _note_strange(self, scope: Scope, start: Message) -> None:
+        headers = {name.lower(): value.decode("latin-1") for name, value in start["headers"]}
+        if headers.get(b"x-error-code") == STRANGE:
+            self.strange.append(f"{scope['method']} {scope['path']}: {headers.get(b'x-error-message')}")
+
+    def _recorded(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive`, which keeps what comes."""
+        body = bytearray()
+
+        async def kept() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                body.extend(message.get("body", b""))
+                if not message.get("more_body"):
+                    self.bodies.append((scope["method"], scope["path"], bytes(body)))
+            return message
+
+        return kept
 
     async def _broken(self, rule: Rule, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.app is not None
@@ -132,6 +188,8 @@ class Faults:
         if rule.call is not None:
             await run_in_threadpool(rule.call)
             return await self.app(scope, receive, send)
+        if rule.slow:
+            return await self.app(scope, receive, _trickling(send, rule.slow))
         if rule.landed:
             await self.app(scope, receive, _nothing)
         if rule.drop:
@@ -145,3 +203,19 @@ class Faults:
 
 async def _nothing(message: Message) -> None:
     """Drop an answer."""
+
+
+def _trickling(send: Send, seconds: float) -> Send:
+    """`send`, with each part of a body in `PARTS` pieces over these seconds."""
+
+    async def slowly(message: Message) -> None:
+        body = message.get("body", b"")
+        if message["type"] != "http.response.body" or not body:
+            return await send(message)
+        size = -(-len(body) // PARTS)
+        for at in range(0, len(body), size):
+            await asyncio.sleep(seconds / PARTS)
+            await send({"type": "http.response.body", "body": body[at : at + size], "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": message.get("more_body", False)})
+
+    return slowly

@@ -27,12 +27,14 @@ from hub.local.app import (
     prefix,
     route,
     sha256_hex,
+    strange,
     whole_number,
 )
 from hub.local.card_rules import check_card
 from hub.local.store import (
     DATE,
     KINDS,
+    MAIN,
     ApiError,
     Change,
     Commit,
@@ -115,7 +117,7 @@ def paths_info(hub: Hub, call: Call) -> Response:
     call.content_type("application/x-www-form-urlencoded")
     form = parse_qs(call.body.decode("latin-1"), keep_blank_values=True, strict_parsing=bool(call.body))
     if unknown := sorted(form.keys() - {"paths", "expand"}):
-        raise ApiError(400, f"paths-info: unknown field {unknown[0]!r}; known are 'paths' and 'expand'")
+        raise strange(f"paths-info: unknown field {unknown[0]!r}; known are 'paths' and 'expand'")
     expand = one_of(form.get("expand", ["false"])[-1].lower(), ("true", "false"), "expand") == "true"
     there = [path for path in form.get("paths", []) if path in commit.files or entries(commit, path, False)]
     return JSONResponse(
@@ -188,10 +190,10 @@ def read_range(path: Path, start: int, stop: int) -> Iterator[bytes]:
 # --- write
 
 
-@route("POST", f"{API}/preupload/{REV}")
+@route("POST", f"{API}/preupload/{REV}", "create_pr")
 def preupload(hub: Hub, call: Call) -> Response:
     """How each file has to be uploaded, and what is at its path now."""
-    repo = hub.repo(call, write=True)
+    repo = writable(hub, call)
     commit = repo.commit(call.names["rev"])
     given = fields(call.json(), "preupload", {"files": list})
     rows = []
@@ -213,19 +215,34 @@ def decode_base64(text: str, where: str) -> bytes:
         raise ApiError(400, f"{where}: expected base64, got {error}") from error
 
 
-@route("POST", f"{API}/commit/{REV}")
+def writable(hub: Hub, call: Call) -> Repo:
+    """The repo a call is about to change; whoever has a token may open a pull request."""
+    if not call.flag("create_pr"):
+        return hub.repo(call, write=True)
+    if call.names["rev"] != MAIN:
+        raise ApiError(400, f"a pull request is made on {MAIN!r}, got {call.names['rev']!r}")
+    hub.member(call)
+    return hub.repo(call)
+
+
+@route("POST", f"{API}/commit/{REV}", "create_pr")
 def commit(hub: Hub, call: Call) -> Response:
     """All operations of a commit, or none."""
-    repo = hub.repo(call, write=True)
+    repo = writable(hub, call)
     call.content_type("application/x-ndjson")
     change = parse_change(call.body.splitlines())
     for verb, path, payload in change.operations:
         if verb == "add" and path == "README.md":
             refuse_bad_card(payload, repo.kind)
     take_over(hub.store, repo, [payload[0] for verb, _, payload in change.operations if verb == "lfs"])
-    new = repo.apply(call.names["rev"], change)
-    url = f"{call.base}/{prefix(repo.kind)}{repo.id}/commit/{new.id}"
-    return JSONResponse({"success": True, "commitOid": new.id, "commitUrl": url, "hookOutput": ""})
+    page, answer = f"{call.base}/{prefix(repo.kind)}{repo.id}", {}
+    if call.flag("create_pr"):
+        new, pull = repo.propose(change, hub.member(call))
+        answer["pullRequestUrl"] = f"{page}/discussions/{pull.number}"
+    else:
+        new = repo.apply(call.names["rev"], change)
+    answer |= {"commitOid": new.id, "commitUrl": f"{page}/commit/{new.id}"}
+    return JSONResponse(answer | {"success": True, "hookOutput": ""})
 
 
 def parse_change(lines: Sequence[bytes]) -> Change:
@@ -266,7 +283,7 @@ def parse_operation(key: str, value: Any, where: str) -> tuple[str, str, Any]:
             check_path(path.removesuffix("/") if folder else path),
             None,
         )
-    raise ApiError(400, f"{where}: unknown operation {key!r}")
+    raise strange(f"{where}: unknown operation {key!r}")
 
 
 def refuse_bad_card(content: bytes, kind: str) -> None:
@@ -287,8 +304,12 @@ GIT = r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+?)\.git/info/lfs"
 
 @route("POST", f"{GIT}/objects/batch")
 def lfs_batch(hub: Hub, call: Call) -> Response:
-    """Where to upload which objects; an object without `actions` is stored already."""
-    repo = hub.repo(call, write=True)
+    """Where to upload which objects; an object without `actions` is stored already.
+
+    Whoever has a token may: objects are seen by nobody until a commit or a pull request names them.
+    """
+    repo = hub.repo(call)
+    hub.member(call)
     required = {"operation": str, "transfers": list, "objects": list, "hash_algo": str}
     given = fields(call.json(LFS_JSON), "batch", required, {"ref": dict})
     one_of(given["operation"], ("upload",), "operation")
@@ -349,17 +370,18 @@ async def keep_object(hub: Hub, repo: Repo, oid: str, size: int, chunks: AsyncIt
 @route("POST", f"{GIT}/verify")
 def lfs_verify(hub: Hub, call: Call) -> Response:
     """Whether an object is stored with the size the client thinks it has."""
-    repo = hub.repo(call, write=True)
+    repo = hub.repo(call)
+    hub.member(call)
     given = fields(call.json(), "verify", {"oid": str, "size": int})
     if (stored := repo.lfs_size(sha256_hex(given["oid"], "verify"))) != given["size"]:
         raise ApiError(404, f"LFS object {given['oid']}: expected {given['size']} bytes, stored {stored}")
     return Response("OK")
 
 
-@route("GET", f"{API}/xet-write-token/{REV}")
+@route("GET", f"{API}/xet-write-token/{REV}", "create_pr")
 def xet_write_token(hub: Hub, call: Call) -> Response:
     """A folder of this machine where the client's hf_xet may store large files before it commits them."""
-    repo = hub.repo(call, write=True)
+    repo = writable(hub, call)
     repo.commit(call.names["rev"])
     url = session_url(repo, call.request.headers.get("x-xet-session-id", ""))
     return JSONResponse({"casUrl": url, "accessToken": "local", "exp": EXPIRY})

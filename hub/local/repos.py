@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from hub.local.app import (
     API,
     REV,
-    USER,
+    USERS,
     Call,
     Hub,
     fields,
@@ -22,7 +22,10 @@ from hub.local.app import (
     whole_number,
 )
 from hub.local.card_rules import card_data, check_card
-from hub.local.store import AUTHOR, DATE, KINDS, MAIN, ApiError, Commit, File, Repo, check_ref
+from hub.local.store import AUTHOR, DATE, KINDS, MAIN, ApiError, Commit, File, Pull, Repo, check_ref
+
+ROLES = {"write": "admin", "read": "read"}
+"""The role in every organisation, by what a token may do."""
 
 
 @route("GET", "/api/whoami-v2")
@@ -31,11 +34,12 @@ def whoami(hub: Hub, call: Call) -> Response:
     role = hub.role(call)
     if role is None:
         raise ApiError(401, "Invalid username or password.")
-    orgs = sorted({repo.id.partition("/")[0] for kind in KINDS for repo in hub.store.repos(kind)} - {USER})
+    user = USERS[role]
+    orgs = sorted({repo.id.partition("/")[0] for kind in KINDS for repo in hub.store.repos(kind)} - {user})
     token = {"type": "access_token", "accessToken": {"displayName": "local", "role": role}}
-    rows = [{"type": "org", "name": org, "fullname": org, "roleInOrg": "admin"} for org in orgs]
+    rows = [{"type": "org", "name": org, "fullname": org, "roleInOrg": ROLES[role]} for org in orgs]
     return JSONResponse(
-        {"type": "user", "id": USER, "name": USER, "fullname": USER, "orgs": rows, "auth": token}
+        {"type": "user", "id": user, "name": user, "fullname": user, "orgs": rows, "auth": token}
     )
 
 
@@ -48,7 +52,7 @@ def create_repo(hub: Hub, call: Call) -> Response:
     kind = f"{one_of(given['type'] or 'model', ('model', 'dataset'), 'type')}s"
     one_of(given["visibility"], (None, "public", "private"), "visibility")
     private = bool(given["private"]) or given["visibility"] == "private"
-    repo_id = f"{given['organization'] or USER}/{given['name']}"
+    repo_id = f"{given['organization'] or USERS['write']}/{given['name']}"
     url = f"{call.base}/{prefix(kind)}{repo_id}"
     if hub.store.create(kind, repo_id, private) is None:
         return JSONResponse(
@@ -62,7 +66,7 @@ def delete_repo(hub: Hub, call: Call) -> Response:
     """Delete a repo for good."""
     given = fields(call.json(), "delete", {"name": str}, {"organization": str, "type": str})
     kind = f"{one_of(given['type'] or 'model', ('model', 'dataset'), 'type')}s"
-    names = {"kind": kind, "id": f"{given['organization'] or USER}/{given['name']}"}
+    names = {"kind": kind, "id": f"{given['organization'] or USERS['write']}/{given['name']}"}
     hub.store.delete(hub.repo(Call(call.request, names, {}), write=True))
     return Response("OK")
 
@@ -81,6 +85,51 @@ def settings(hub: Hub, call: Call) -> Response:
         changes["private"] = given["private"]
     repo.change_settings(**changes)
     return JSONResponse(repo.settings)
+
+
+@route("POST", f"{API}/user-access-request/grant")
+def grant(hub: Hub, call: Call) -> Response:
+    """Let a user into a gated repo."""
+    repo = hub.repo(call, write=True)
+    user = known_user(fields(call.json(), "grant", {"user": str})["user"])
+    if user in repo.access:
+        raise ApiError(400, f"{user} has access already")
+    repo.set_access(user, granted=True)
+    return JSONResponse({"user": user})
+
+
+@route("POST", f"{API}/user-access-request/handle")
+def handle_request(hub: Hub, call: Call) -> Response:
+    """Let a user into a gated repo, or no longer."""
+    repo = hub.repo(call, write=True)
+    given = fields(call.json(), "handle", {"user": str, "status": str}, {"rejectionReason": str})
+    status = one_of(given["status"], ("accepted", "rejected", "pending"), "status")
+    repo.set_access(known_user(given["user"]), granted=status == "accepted")
+    return Response("OK")
+
+
+@route("GET", f"{API}/user-access-request/accepted")
+def accepted(hub: Hub, call: Call) -> Response:
+    """Who was let into a gated repo."""
+    users = hub.repo(call, write=True).access
+    return JSONResponse(
+        [
+            {
+                "requestId": user,
+                "user": {"user": user, "fullname": user},
+                "status": "accepted",
+                "timestamp": DATE,
+            }
+            for user in users
+        ]
+    )
+
+
+def known_user(name: str) -> str:
+    """Refuse a user that this Hub does not have."""
+    if name not in USERS.values():
+        raise ApiError(404, f"User {name!r} not found")
+    return name
 
 
 @route("GET", f"{API}/auth-check")
@@ -175,7 +224,11 @@ def refs(hub: Hub, call: Call) -> Response:
         ]
 
     answer = {"branches": rows("branches", "heads"), "converts": [], "tags": rows("tags", "tags")}
-    return JSONResponse(answer | ({"pullRequests": []} if call.flag("include_prs") else {}))
+    pulls = [
+        {"name": f"pr/{number}", "ref": f"refs/pr/{number}", "targetCommit": pull["head"]}
+        for number, pull in found["pulls"].items()
+    ]
+    return JSONResponse(answer | ({"pullRequests": pulls} if call.flag("include_prs") else {}))
 
 
 @route("GET", f"{API}/commits/{REV}", "expand[]", "p")
@@ -226,3 +279,57 @@ def delete_branch(hub: Hub, call: Call) -> Response:
     """Delete a branch."""
     hub.repo(call, write=True).remove_branch(call.names["rev"])
     return Response("OK")
+
+
+DISCUSSION = rf"{API}/discussions/(?P<number>[1-9]\d*)"
+
+
+@route("GET", f"{API}/discussions", "type", "status", "author", "p")
+def discussions(hub: Hub, call: Call) -> Response:
+    """The pull requests, newest first; there are no other discussions here."""
+    repo = hub.repo(call)
+    kind = one_of(call.query.get("type", "all"), ("all", "discussion", "pull_request"), "type")
+    status = one_of(call.query.get("status", "all"), ("all", "open", "closed"), "status")
+    author = call.query.get("author")
+    found = [
+        pull
+        for pull in reversed(repo.pulls if kind != "discussion" else [])
+        if (status == "all" or (pull.status == "open") == (status == "open"))
+        and author in (None, pull.author)
+    ]
+    start = whole_number(call.query.get("p", "0"), "p") * hub.page
+    rows = [pull_row(repo, pull) for pull in found[start : start + hub.page]]
+    return JSONResponse({"discussions": rows, "count": len(found), "start": start})
+
+
+def pull_row(repo: Repo, pull: Pull) -> dict[str, Any]:
+    """A pull request as the list of discussions has it."""
+    row = {"num": pull.number, "title": pull.title, "author": {"name": pull.author}, "status": pull.status}
+    return row | {"createdAt": DATE, "isPullRequest": True, "repo": {"name": repo.id, "type": repo.kind[:-1]}}
+
+
+@route("POST", f"{DISCUSSION}/merge")
+def merge(hub: Hub, call: Call) -> Response:
+    """Merge a pull request; 409 when `main` changed the same files since."""
+    repo = hub.repo(call, write=True)
+    if call.body:
+        fields(call.json() or {}, "merge", {}, {"comment": str})
+    repo.merge(int(call.names["number"]))
+    return Response("OK")
+
+
+@route("POST", f"{DISCUSSION}/status")
+def change_status(hub: Hub, call: Call) -> Response:
+    """Close a pull request."""
+    repo = hub.repo(call, write=True)
+    given = fields(call.json(), "status", {"status": str}, {"comment": str})
+    one_of(given["status"], ("closed",), "status")
+    number = int(call.names["number"])
+    repo.close(number)
+    event = {
+        "id": str(number),
+        "type": "status-change",
+        "createdAt": DATE,
+        "author": {"name": hub.member(call)},
+    }
+    return JSONResponse({"newStatus": event | {"data": {"status": "closed"}}})

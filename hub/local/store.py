@@ -2,7 +2,7 @@
 
     <root>/lock, secret, uploads/                held while open; key of the upload links; unfinished uploads
     <root>/<kind>/<org>/<name>/repo.json         kind, visibility, gate
-                               refs.json         {"branches": {name: commit}, "tags": {name: commit}}
+                               refs.json         {"branches", "tags": {name: commit}, "pulls": {number: pull}}
                                commits/<id>.json parent, title, message, {path: file}
                                blobs/<git id>    regular files
                                lfs/<sha256>      large files; xet/<session>/ those that came by xet and wait
@@ -63,6 +63,7 @@ REGULAR_LIMIT = 10 * 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REF = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
+_PULL = re.compile(r"refs/pr/([1-9]\d*)")
 _RESERVED = {"api", "datasets", "docs", "lfs", "models", "settings", "spaces"}
 
 
@@ -107,6 +108,21 @@ class Commit:
     title: str
     message: str
     files: Mapping[str, File]
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A pull request: a commit that waits to be merged into `main`."""
+
+    number: int
+    title: str
+    author: str
+    base: str
+    """The commit of `main` it was made on."""
+    head: str
+    """Its own commit."""
+    status: str = "open"
+    """`open`, `merged` or `closed`."""
 
 
 @dataclass
@@ -202,19 +218,39 @@ class Repo:
     @property
     def settings(self) -> dict[str, Any]:
         """`private` (bool) and `gated` (False, "auto" or "manual")."""
+        return {name: self._settings[name] for name in ("private", "gated")}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "repo.json").read_bytes()))
+
+    @property
+    def access(self) -> list[str]:
+        """Users who were let into the repo while it is gated, sorted."""
+        return list(self._settings.get("access", ()))
+
+    def set_access(self, user: str, granted: bool) -> None:
+        """Let a user into the repo while it is gated, or no longer."""
+        with self._lock:
+            users = {*self.access, user} if granted else {*self.access} - {user}
+            self.change_settings(access=sorted(users))
 
     def change_settings(self, **changes: Any) -> None:
         """Replace some settings."""
         with self._lock:
-            write_atomic(self.folder / "repo.json", canonical_json(self.settings | changes))
+            write_atomic(self.folder / "repo.json", canonical_json(self._settings | changes))
 
     @property
-    def refs(self) -> dict[str, dict[str, str]]:
-        """`branches` and `tags`, each from name to commit id."""
-        return dict(json.loads((self.folder / "refs.json").read_bytes()))
+    def refs(self) -> dict[str, dict[str, Any]]:
+        """`branches` and `tags`, each from name to commit id, and `pulls` from number to pull request."""
+        return {"pulls": {}} | dict(json.loads((self.folder / "refs.json").read_bytes()))
 
-    def _set_ref(self, group: str, name: str, commit: str | None) -> None:
+    @property
+    def pulls(self) -> list[Pull]:
+        """The pull requests, oldest first."""
+        return [Pull(**pull) for _, pull in sorted(self.refs["pulls"].items(), key=lambda one: int(one[0]))]
+
+    def _set_ref(self, group: str, name: str, commit: Any) -> None:
         refs = self.refs
         refs[group].pop(name, None)
         if commit is not None:
@@ -225,6 +261,8 @@ class Repo:
         """The commit a branch, tag, or id (7 or more digits) names."""
         refs = self.refs
         found = refs["branches"].get(revision) or refs["tags"].get(revision) or self._by_digits(revision)
+        if pull := _PULL.fullmatch(revision):
+            found = refs["pulls"].get(pull[1], {}).get("head")
         if found is None:
             raise ApiError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         record = json.loads((self.folder / "commits" / f"{found}.json").read_bytes())
@@ -301,7 +339,62 @@ class Repo:
             if change.parent is not None and not head.id.startswith(change.parent.lower()):
                 raise ApiError(412, "A commit has happened since. Please refresh and try again.")
             files, blobs = self._changed(dict(head.files), change.operations)
-            return head if files == head.files else self._write(branch, head.id, change, files, blobs)
+            if files == head.files:
+                return head
+            new = self._write(head.id, change, files, blobs)
+            self._set_ref("branches", branch, new.id)  # the commit is part of the branch from here on
+            return new
+
+    def propose(self, change: Change, author: str) -> tuple[Commit, Pull]:
+        """Make one commit that waits to be merged: it starts at the change's parent, or at `main`.
+
+        Raises:
+            ApiError: 400 nothing changes, or an operation that cannot be done; 404 no such parent.
+        """
+        with self._lock:
+            base = self.commit(change.parent or MAIN)
+            files, blobs = self._changed(dict(base.files), change.operations)
+            if files == base.files:
+                raise ApiError(400, "expected a change, got none: a pull request needs one")
+            new = self._write(base.id, change, files, blobs)
+            pull = Pull(len(self.pulls) + 1, change.title, author, base.id, new.id)
+            self._set_ref("pulls", str(pull.number), vars(pull))
+            return new, pull
+
+    def merge(self, number: int) -> None:
+        """Bring what an open pull request changed to `main`, as one commit.
+
+        Raises:
+            ApiError: 404 no such pull request, 400 it is not open, 409 `main` changed the same files since.
+        """
+        with self._lock:
+            pull = self._open(number)
+            base, head, main = (self.commit(one) for one in (pull.base, pull.head, MAIN))
+            files = dict(main.files)
+            for path in sorted(base.files.keys() | head.files.keys()):
+                before, after = base.files.get(path), head.files.get(path)
+                if before == after:
+                    continue
+                if main.files.get(path) not in (before, after):
+                    raise ApiError(409, f"{path!r} was changed on main since; open a new pull request")
+                files.pop(path, None)
+                if after is not None:
+                    files[path] = after
+            merged = self._write(main.id, Change(pull.title), files, {})
+            self._set_ref("branches", MAIN, merged.id)
+            self._set_ref("pulls", str(number), vars(pull) | {"status": "merged"})
+
+    def close(self, number: int) -> None:
+        """Close an open pull request; see `merge` for what it raises."""
+        with self._lock:
+            self._set_ref("pulls", str(number), vars(self._open(number)) | {"status": "closed"})
+
+    def _open(self, number: int) -> Pull:
+        if (pull := next((one for one in self.pulls if one.number == number), None)) is None:
+            raise ApiError(404, f"no pull request {number}", "EntryNotFound")
+        if pull.status != "open":
+            raise ApiError(400, f"expected an open pull request, got {number}, which is {pull.status}")
+        return pull
 
     def _changed(
         self, files: dict[str, File], operations: Sequence[tuple[str, str, Any]]
@@ -337,7 +430,6 @@ class Repo:
 
     def _write(
         self,
-        branch: str,
         parent: str | None,
         change: Change,
         files: Mapping[str, File],
@@ -350,7 +442,6 @@ class Repo:
         record = {"parent": parent, "title": change.title, "message": change.message}
         rows = {path: vars(file) for path, file in files.items()}
         write_atomic(self.folder / "commits" / f"{new}.json", canonical_json(record | {"files": rows}))
-        self._set_ref("branches", branch, new)  # the commit exists from here on
         return Commit(new, parent, change.title, change.message, files)
 
     def start(self) -> None:
@@ -361,7 +452,8 @@ class Repo:
         rows = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text" for suffix in LFS_SUFFIXES]
         blobs: dict[str, bytes] = {}
         files = {".gitattributes": _blob(blobs, ".gitattributes", ("\n".join(rows) + "\n").encode())}
-        self._write(MAIN, None, Change("initial commit"), files, blobs)
+        first = self._write(None, Change("initial commit"), files, blobs)
+        self._set_ref("branches", MAIN, first.id)
 
 
 def _delete(files: dict[str, File], path: str, folder: bool) -> None:
