@@ -14,7 +14,7 @@ import torch
 
 from builders.mllm import load_mllm
 from builders.safety.items import Suite
-from builders.safety.judges import judge_of
+from builders.safety.judges import judges_of
 from builders.safety.methods import BY_DICTIONARY, build, parse_settings
 from builders.safety.report import missing, write_report
 from builders.safety.run import Asking, answer_all, cells_of, jobs_of, judge_all, record, scores_name, thinned
@@ -38,7 +38,7 @@ class Evaluation:
     suites: tuple[str, ...]
     """Specs of `builders.safety.suites.read_suite`."""
     judges: tuple[str, ...] = ("rule", "choice")
-    """Specs of `builders.safety.judges.judge_of`."""
+    """Specs of `builders.safety.judges.judges_of`."""
     methods: tuple[str, ...] = METHODS
     """Keys of `builders.safety.methods.METHODS`."""
     sae: str = ""
@@ -103,10 +103,10 @@ def evaluate(plan: Evaluation) -> bool:
         if not _asks_the_model(spec):
             model = processor = None  # makes room for the judge's own
             gc.collect()
-        judge = judge_of(spec, base_url=plan.base_url, rubric=plan.rubric, model=model, processor=processor)
-        told.append({"name": judge.name, "figure": judge.figure, "folder": scores_name(judge)})
-        judge_all(plan.out, judge, jobs)
-        record(plan.out, cells, told, facts)
+        for judge in judges_of(spec, **_judging(plan), model=model, processor=processor):
+            told.append({"name": judge.name, "figure": judge.figure, "folder": scores_name(judge)})
+            judge_all(plan.out, judge, jobs)
+            record(plan.out, cells, told, facts)
     if missing(plan.out):
         return False
     write_report(plan.out)
@@ -159,6 +159,12 @@ def _load(plan: Evaluation) -> tuple[Any, Any]:
     place = place_of(plan.model)
     model, processor = load_mllm(place.name, place.revision, plan.dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def _judging(plan: Evaluation) -> dict[str, Any]:
+    """What judges need beside their names."""
+    settings = {"base_url": plan.base_url, "rubric": plan.rubric, "dtype": plan.dtype}
+    return settings | {"batch": plan.asking.batch, "cache": plan.out / "judged"}
 
 
 def _asks_the_model(spec: str) -> bool:

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from builders.safety import paper
+from builders.safety.judges.agreement import agreement
 from builders.safety.methods import LABELS
 from builders.safety.run import ANSWERS, SCORES, read_record, shard_files
 from builders.statistics import Interval, interval, paired, rate
@@ -179,8 +180,6 @@ def _broken_down(
 
 def _agreements(scores: pd.DataFrame) -> list[dict[str, Any]]:
     """How far each two judges of the same figure agree, over all suites and methods."""
-    from builders.safety.judges.agreement import agreement
-
     found = []
     for figure in RATES:
         rows = scores[scores["figure"] == figure]
@@ -191,9 +190,9 @@ def _agreements(scores: pd.DataFrame) -> list[dict[str, Any]]:
         for i, one in enumerate(judges):
             for other in judges[i + 1 :]:
                 both = table[[one, other]]
-                if both.notna().all(axis=1).any():
-                    pair = agreement(both[one].tolist(), both[other].tolist())
-                    found.append({"figure": figure, "judges": [one, other]} | pair._asdict())
+                pair = agreement(both[one].tolist(), both[other].tolist())
+                told = pair._asdict() | {"kappa": pair.kappa and _told(pair.kappa)}
+                found.append({"figure": figure, "judges": [one, other]} | told)
     return found
 
 
@@ -288,7 +287,8 @@ def _agreement_lines(found: list[dict[str, Any]]) -> list[str]:
         {
             "figure": pair["figure"],
             "judges": " and ".join(_safe(name) for name in pair["judges"]),
-            "kappa": f"{pair['kappa']:.3f} [{pair['low']:.3f}, {pair['high']:.3f}]",
+            "kappa": _spread(pair["kappa"]) if pair["kappa"] else "not defined",
+            "the same": "" if pair["same"] is None else f"{pair['same']:.3f}",
             "n": str(pair["n"]),
         }
         for pair in found
