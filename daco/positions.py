@@ -26,6 +26,8 @@ class Positions(NamedTuple):
     """Places that cannot occur in this forward, known without looking at the tokens."""
     first: bool
     """Whether this forward starts a sequence."""
+    guessed: bool
+    """Whether prompt and answer may share this forward and nothing tells where the one ends."""
 
 
 def positions(
@@ -39,15 +41,19 @@ def positions(
     batch, width = tokens.shape[:2]
     kept = _kept(call.get("attention_mask"), batch, width, tokens.device)
     past = _past_length(call.get("past_key_values"))
-    if {"prompt", "generated", "last"} & set(scopes) and prompt_tokens is None:
-        _refuse_ambiguous(scopes, past, width, call.get("use_cache"))
+    guessed = prompt_tokens is None and _may_be_shared(call, past, width)
+    if guessed and {"prompt", "generated", "last"} & set(scopes):
+        raise SteeringConflictError(
+            f"scope {named(scopes)}: prompt and generated tokens may share a forward (no KV cache, chunked "
+            "prefill, assisted decoding, a further turn); pass prompt_tokens=inputs['input_ids'].shape[1]"
+        )
     # without further word, a first forward is all prompt, and later ones are generated
     start = width if past == 0 else 0
     if prompt_tokens is not None:
         start = min(max(prompt_tokens - past, 0), width)
     if start == 0:  # most forwards of a generation, which must cost next to nothing
         none = torch.zeros_like(kept)
-        return Positions(none, none, kept, none, ("image", "prompt", "last"), past == 0)
+        return Positions(none, none, kept, none, ("image", "prompt", "last"), past == 0, guessed)
     prompt = kept.clone()
     prompt[:, start:] = False
     image = torch.zeros_like(kept)
@@ -61,7 +67,7 @@ def positions(
     absent = ("generated",) if start == width else ()
     ends = prompt_tokens is None or prompt_tokens - past <= width
     last = _last(prompt) if ends else torch.zeros_like(prompt)
-    return Positions(image, prompt & ~image, kept & ~prompt, last, absent, past == 0)
+    return Positions(image, prompt & ~image, kept & ~prompt, last, absent, past == 0, guessed)
 
 
 def named(scopes: tuple[str, ...]) -> str:
@@ -84,7 +90,7 @@ def _kept(mask: Tensor | None, batch: int, width: int, device: torch.device) -> 
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise SteeringConflictError(
             f"expected an attention mask [batch, tokens], got {shape}: padding cannot be told from it; "
-            "a static or compiled KV cache makes such masks: generate with the default cache"
+            "a static or compiled KV cache makes such masks: use the default cache, or daco.wrap"
         )
     return mask[:, -width:].to(device=device, dtype=torch.bool)
 
@@ -97,10 +103,9 @@ def _past_length(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def _refuse_ambiguous(scopes: tuple[str, ...], past: int, width: int, use_cache: object) -> None:
-    """Where prompt and answer cannot be told apart from one call: no cache, or several tokens behind one."""
-    if (past and width > 1) or (not past and use_cache is False):
-        raise SteeringConflictError(
-            f"scope {named(scopes)}: prompt and generated tokens share a forward (no KV cache, chunked "
-            "prefill, a further turn); pass prompt_tokens=inputs['input_ids'].shape[1]"
-        )
+def _may_be_shared(call: dict[str, Any], past: int, width: int) -> bool:
+    """Whether prompt and answer cannot be told apart from one call."""
+    if past:
+        return width > 1
+    kept = call.get("logits_to_keep")  # of several tokens, where a draft behind the prompt is checked
+    return call.get("use_cache") is False or (isinstance(kept, int) and kept > 1)

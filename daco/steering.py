@@ -63,7 +63,7 @@ class Run:
         self.what = ""
         """The methods and their settings."""
         self._notes: list[str] = []
-        self._forwards = self._off = 0
+        self._forwards = self._off = self._guessed = 0
         self._now = threading.local()  # each thread is in a forward of its own
 
     def report(self) -> Report:
@@ -78,6 +78,11 @@ class Run:
         layers.sort(key=lambda found: found.layer)  # methods keep their order within a layer
         if self._off:
             notes.append(f"steering was switched off in {self._off} of {self._forwards} forwards")
+        if self._guessed:
+            notes.append(
+                f"in {self._guessed} of {self._forwards} forwards prompt and generated tokens may stand "
+                "together: which is which is a guess there; pass prompt_tokens"
+            )
         report = Report(self.what, " + ".join(self._scopes), self._forwards, layers, notes)
         if not all(method.nothing for method in methods) and not report.positions:
             notes.append(f"nothing was steered in {self._forwards} forwards")
@@ -118,8 +123,9 @@ class Run:
         self._now.steps = self._steps(call) if on else None
         self._now.fired = 0
         self._now.inside = True
-        self._forwards += 1
-        self._off += not on
+        with _lock:
+            self._forwards += 1
+            self._off += not on
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Make sure that every block was steered; called also where the forward failed, without output."""
@@ -136,6 +142,8 @@ class Run:
         if not self._layers:
             return None
         found = positions(call, self._image_ids, self._scopes, self._prompt_tokens)
+        with _lock:
+            self._guessed += found.guessed
         wanted = self._scopes == ("image",) and self._on_empty == "raise"
         if found.first and wanted and not found.image.any():
             raise NothingToSteerError(
@@ -259,7 +267,8 @@ def steer(
         base_model_ok: Accept another base model id or revision (a fine-tune, a quantised copy).
         prompt_tokens: Columns of the prompt, padding included, where one forward holds more than the prompt
             or less (no KV cache, a given answer, a prefill in chunks, candidates of assisted decoding);
-            needed by the scopes `prompt`, `generated` and `last` alone.
+            needed by the scopes `prompt`, `generated` and `last`; others steer the same positions without it,
+            and the report counts them by a guess.
 
     Yields:
         The `Run`, whose `report()` says what was steered; its `on` may be set at any time.
