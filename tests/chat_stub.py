@@ -33,12 +33,16 @@ class Stub:
     def __init__(self) -> None:
         self.url = ""
         self.answer: Callable[[list[dict[str, Any]]], str] = good
+        self.reply_to: Callable[[str], str] | None = None
+        """Answers a prompt, where it is not about concepts."""
+        self.at_once, self.most_at_once = 0, 0
+        """Requests under way, and how many there were at most."""
         self.delay = 0.0
         """Seconds before each answer."""
         self.faults: list[Fault] = []
         """What happens to the next requests, one each, before it answers again."""
         self.asked: list[list[str]] = []
-        """Names of the concepts of each request that was answered."""
+        """Names of the concepts of each request that was answered, or its prompt."""
         self.headers: list[dict[str, str]] = []
         """Headers of every request."""
         self.bodies: list[dict[str, Any]] = []
@@ -60,6 +64,9 @@ class Handler(BaseHTTPRequestHandler):
             fault(self)
             return
         prompt = body["messages"][0]["content"]
+        if self.stub.reply_to:
+            self._reply_to(prompt)
+            return
         concepts = [
             json.loads(line) for line in re.findall(r'^\{"number": \d+, "concept".*', prompt, re.MULTILINE)
         ]
@@ -67,6 +74,16 @@ class Handler(BaseHTTPRequestHandler):
             self.stub.asked.append([concept["concept"] for concept in concepts])
         time.sleep(self.stub.delay)
         self.reply(200, chat(self.stub.answer(concepts)))
+
+    def _reply_to(self, prompt: str) -> None:
+        with self.stub.lock:
+            self.stub.at_once += 1
+            self.stub.most_at_once = max(self.stub.most_at_once, self.stub.at_once)
+            self.stub.asked.append([prompt])
+        time.sleep(self.stub.delay)
+        with self.stub.lock:
+            self.stub.at_once -= 1
+        self.reply(200, chat(self.stub.reply_to(prompt)))  # type: ignore[misc]
 
     def reply(self, status: int, body: str, headers: dict[str, str] | None = None) -> None:
         content = body.encode()

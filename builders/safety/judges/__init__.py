@@ -105,7 +105,7 @@ def _maker(spec: str, settings: JudgeSettings) -> Maker:
         return (ChoiceJudge.figure,), lambda _: ChoiceJudge()
     if not colon and kind == "likelihood":
         return _likelihood(settings)
-    if kind == "guard" and name.strip("@"):
+    if kind == "guard" and name.partition("@")[0]:
         return _guard(name, settings)
     if kind in ("endpoint", "fluency") and colon and (name or settings.base_url):
         return _endpoint(name, settings, kind)
