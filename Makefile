@@ -1,4 +1,4 @@
-# make demo | test | lint | test-interop | test-clip-retrieval | test-clients | wheel: each makes what it needs.
+# make demo | test | lint | test-interop | test-kernels | test-clip-retrieval | test-clients | wheel: each makes what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format test-interop wheel clean test-clip-retrieval test-clients
+.PHONY: demo test lint format test-interop test-kernels wheel clean test-clip-retrieval test-clients
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m hub.demo --out runs/demo
@@ -27,6 +27,10 @@ test-interop: $(VENV)/.ready .venv-saelens/.ready
 	SAELENS_PYTHON=.venv-saelens/bin/python SPARSIFY_PYTHON=.venv-saelens/bin/python \
 		$(BIN)/python -m pytest tests/test_interop.py
 
+# The GPU's kernels, interpreted on the CPU and compiled for a GPU; the CPU build of torch comes without Triton.
+test-kernels: $(VENV)/.ready .triton/.ready
+	TRITON_PATH=.triton $(BIN)/python -m pytest tests/test_sae_kernels.py
+
 test-clip-retrieval: $(VENV)/.ready .venv-clip-retrieval/.ready
 	CLIP_RETRIEVAL_BIN=$(CURDIR)/.venv-clip-retrieval/bin $(BIN)/python -m pytest tests/test_clip_retrieval.py -s
 
@@ -37,7 +41,7 @@ wheel: $(VENV)/.ready
 	$(BIN)/python tests/check_wheel.py
 
 clean:
-	rm -rf $(VENV) .venv-saelens .venv-clip-retrieval .venv-clients runs dist
+	rm -rf $(VENV) .venv-saelens .triton .venv-clip-retrieval .venv-clients runs dist
 
 # torchvision's wheel asks for the exact torch it was built with, CUDA and all; without its dependencies it
 # takes the torch that is there.
@@ -51,6 +55,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 .venv-saelens/.ready: constraints.txt
 	$(PYTHON) -m venv .venv-saelens
 	.venv-saelens/bin/python $(PIP) "$$(grep '^torch==' constraints.txt)" sae-lens==6.54.0 eai-sparsify==1.3.3
+	touch $@
+
+.triton/.ready: constraints.txt
+	rm -rf .triton
+	$(BIN)/python $(PIP) --no-deps --target .triton triton==3.7.1
 	touch $@
 
 .venv-clip-retrieval/.ready: builders/clip_retrieval_env.sh

@@ -2,13 +2,18 @@
 
 Reads and writes nothing. Losses and gradients are those of `builders.sae_losses`; the code of a batch is kept
 as a CSR matrix, pre-activations live in one buffer of a few megabytes, gradients in buffers that are reused.
+On a GPU the sparse products are `builders.sae_kernels`, and TopK and BatchTopK never wait for the device (of
+several processes BatchTopK does; ReLU and JumpReLU must know how many atoms are active).
 """
 
+import importlib.util
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,6 +55,21 @@ def quickest(device: torch.device, n_weights: int) -> str:
     if device.type == "cpu" and getattr(torch.cpu, "_is_vnni_supported", bool)():
         return "int8"
     return "float32"
+
+
+@cache
+def triton_kernels() -> Any:
+    """`builders.sae_kernels` where Triton is installed, as it is beside torch's CUDA builds; else None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from builders import sae_kernels
+
+    return sae_kernels
+
+
+def kernels_for(x: Tensor) -> Any:
+    """The kernels that take the place of torch's sparse products where x lies; None: torch's."""
+    return triton_kernels() if x.device.type == "cuda" else None
 
 
 def k_largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +161,7 @@ def code_above(centred: Tensor, encoder: Encoder, floor: Tensor | float) -> Code
     return Code(torch.cat(values), torch.cat(atoms), _starts(torch.cat(counts)))
 
 
-def batch_top_k_code(centred: Tensor, encoder: Encoder, k: int, guess: float) -> Code:
+def batch_top_k_code(centred: Tensor, encoder: Encoder, k: int, guess: float, together: bool = False) -> Code:
     """The `k * batch` largest above zero of a batch.
 
     Args:
@@ -149,7 +169,10 @@ def batch_top_k_code(centred: Tensor, encoder: Encoder, k: int, guess: float) ->
         encoder: Its encoder.
         k: Atoms a token, on average.
         guess: A value that at least so many are likely above; a poor guess costs time, nothing else.
+        together: The batch is this one and those of the other processes of a torchrun, equally large.
     """
+    if together or centred.device.type != "cpu":
+        return rescored(largest(centred, encoder, k, together), centred, encoder)
     wanted = k * len(centred)
     code = code_above(centred, encoder, max(guess, 0.0))
     if len(code.values) < wanted and guess > 0:
@@ -160,6 +183,37 @@ def batch_top_k_code(centred: Tensor, encoder: Encoder, k: int, guess: float) ->
         counts = torch.bincount(token, minlength=len(centred))
         code = Code(code.values[kept], code.atoms[kept], _starts(counts))
     return rescored(code, centred, encoder)
+
+
+def largest(centred: Tensor, encoder: Encoder, k: int, together: bool = False) -> Code:
+    """The `k * batch` largest of a batch, or of those of all processes together.
+
+    Of one process, it has always so many entries, so that nothing waits for a GPU to count them.
+    """
+    m, first = len(encoder.W_enc), 0
+    wanted = k * len(centred) * (dist.get_world_size() if together else 1)
+    values = centred.new_empty(0)
+    places = torch.empty(0, dtype=torch.int64, device=centred.device)  # token * m + atom
+    for part in centred.split(encoder.tokens):
+        found, where = (pre := encoder(part).flatten()).topk(min(wanted, len(pre)), sorted=False)
+        values, places = torch.cat([values, found]), torch.cat([places, where + first * m])
+        if len(values) > wanted:
+            values, kept = values.topk(wanted, sorted=False)
+            places = places[kept]
+        first += len(part)
+    if together:
+        above = values >= _bar(values, wanted)
+        values, places = values[above], places[above]
+    places, order = places.sort()
+    ends = torch.arange(len(centred) + 1, device=places.device) * m
+    return Code(values[order], places % m, torch.searchsorted(places, ends))
+
+
+def _bar(values: Tensor, wanted: int) -> Tensor:
+    """The smallest of the `wanted` largest values of all processes, each of which has as many."""
+    everywhere = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, values)
+    return torch.cat(everywhere).topk(wanted, sorted=False).values.amin()
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -174,12 +228,17 @@ def csr(code: Code, values: Tensor, m: int) -> Tensor:
 
 def row_products(code: Code, x: Tensor, rows: Tensor) -> Tensor:
     """`x[token] . rows[atom]` for every active atom, [n]."""
+    if kernels := kernels_for(x):
+        return kernels.row_products(code.atoms, code.starts, x, rows)
     pattern = csr(code, torch.zeros_like(code.values), len(rows))
     return torch.sparse.sampled_addmm(pattern, x, rows.T, beta=0.0).values()
 
 
 def decoded(code: Code, W_dec: Tensor) -> Tensor:
     """`c W_dec`, [batch, d]."""
+    if kernels := kernels_for(W_dec):
+        out = W_dec.new_empty(len(code.starts) - 1, W_dec.shape[1])
+        return kernels.weighted_sums(code.values, code.atoms, code.starts, W_dec, out)
     return F.embedding_bag(code.atoms, W_dec, code.starts[:-1], per_sample_weights=code.values, mode="sum")
 
 
@@ -196,6 +255,8 @@ class Transposed(NamedTuple):
     def product(self, values: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """`values^T x` into out [m, d]: every row the sum of the tokens it is active at."""
         shape, values = (len(out), len(x)), values[self.order]
+        if kernels := kernels_for(x):
+            return kernels.weighted_sums(values, self.tokens, self.starts, x, out)
         if x.device.type == "cpu" and not torch.backends.mkl.is_available():
             summed = F.embedding_bag(self.tokens, x, self.starts[:-1], per_sample_weights=values, mode="sum")
             return out.copy_(summed)
@@ -205,10 +266,11 @@ class Transposed(NamedTuple):
 
 def transposed(code: Code, m: int) -> Transposed:
     """See `Transposed`."""
-    order = code.atoms.argsort(stable=True)
-    lengths = code.starts.diff()
-    tokens = torch.repeat_interleave(lengths, output_size=len(code.atoms))
-    return Transposed(order, tokens[order], _starts(torch.bincount(code.atoms, minlength=m)))
+    atoms, order = code.atoms.sort(stable=True)
+    tokens = torch.repeat_interleave(code.starts.diff(), output_size=len(code.atoms))
+    # torch.bincount would count faster, and wait for a GPU
+    starts = torch.searchsorted(atoms, torch.arange(m + 1, device=atoms.device))
+    return Transposed(order, tokens[order], starts)
 
 
 class Gradients(NamedTuple):
@@ -272,7 +334,7 @@ class Step:
         if c.activation == "topk":
             return top_k_code(centred, self.encoder, c.k)
         if c.activation == "batchtopk":
-            return batch_top_k_code(centred, self.encoder, c.k, guess)
+            return batch_top_k_code(centred, self.encoder, c.k, guess, dist.is_initialized())
         if c.activation == "relu":
             return code_above(centred, self.encoder, 0.0)
         return code_above(centred, self.encoder, self.weights["log_threshold"].exp() - c.bandwidth / 2)

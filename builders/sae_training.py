@@ -105,7 +105,8 @@ class Training:
 
     def _learn(self, z: Tensor) -> Gradients:
         c, dead = self.config, self.state["dead"] if self.config.aux_k else None
-        guess = 0.8 * self.threshold if c.activation == "batchtopk" else 0.0
+        cpu = z.device.type == "cpu"  # a GPU takes no guess, and would be waited for
+        guess = 0.8 * self.threshold if c.activation == "batchtopk" and cpu else 0.0
         return self.compute(z / self.scale, penalty(self.steps_done, c), guess, dead)
 
     @property
@@ -118,9 +119,10 @@ class Training:
         """Remember which atoms fired, and how low BatchTopK had to go."""
         values, atoms = learned.code.values, learned.code.atoms
         if self.config.activation == "batchtopk":
-            lowest = (
-                torch.where(values > 0, values, torch.inf).amin() if len(values) else values.new_zeros(())
-            )
+            above = torch.where(values > 0, values, torch.inf)
+            lowest = above.amin() if len(values) else values.new_full((), torch.inf)
+            if dist.is_initialized():
+                dist.all_reduce(lowest, dist.ReduceOp.MIN)
             self.state["smallest"][self.steps_done % RECENT] = lowest.nan_to_num(posinf=0.0)
         if not self.config.aux_k:
             return

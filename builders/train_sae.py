@@ -73,8 +73,7 @@ def train_sae(
 ) -> Training:
     """Train one SAE to the end of `config.steps`.
 
-    Under torchrun (with `torch.distributed` set up) every process takes its share of each batch; BatchTopK
-    then chooses its atoms within a share.
+    Under torchrun (with `torch.distributed` set up) every process takes its share of each batch.
 
     Args:
         train: Tokens to train on.

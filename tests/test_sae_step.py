@@ -115,6 +115,18 @@ def test_batch_top_k_does_not_depend_on_the_guess(guess):
     close(dense(found), sae_losses.code_of(x, weights, config))
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_batch_top_k_of_a_gpu_is_that_of_a_cpu(parts, monkeypatch):
+    """A GPU takes all of the batch's pre-activations instead of guessing; the function runs anywhere."""
+    monkeypatch.setitem(sae_step.PRE_ELEMENTS, "cpu", 37 * -(-17 // parts))
+    weights = {name: w.float() for name, w in random_weights().items()}
+    x, config = draw(17, D_MODEL, seed=9).float(), config_of("batchtopk")
+    centred = x - weights["b_dec"]
+    code = sae_step.largest(centred, Encoder(weights["W_enc"].T.contiguous(), weights["b_enc"]), 5)
+    assert len(code.values) == 17 * 5
+    close(dense(code), sae_losses.code_of(x, weights, config))
+
+
 @pytest.mark.parametrize(("m", "k"), [(37, 5), (512, 4), (1024, 3), (24, 2), (640, 10)])
 def test_k_largest_are_the_k_largest(m, k):
     pre = draw(11, m).float()
