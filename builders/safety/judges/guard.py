@@ -24,6 +24,7 @@ from builders.safety.items import Item
 from builders.safety.judges.cache import JudgeCache, key_of
 from builders.safety.judges.words import digest_of, empty_verdict, judges_figure, kept, unreadable
 from builders.safety.verdicts import Verdict
+from builders.vision import ensure_torchvision
 from daco.errors import ArtefactNotFoundError, RecipeError, UnsupportedModelError
 from daco.manifest import sha256_file
 from daco.prompts import plain_text
@@ -253,6 +254,7 @@ class GuardJudge:
 
 def _load_small(id_or_folder: str, revision: str) -> tuple[Any, Any]:
     """Config and tokenizer, padding on the left."""
+    ensure_torchvision()
     from transformers import AutoConfig, AutoTokenizer
 
     where: dict[str, Any] = {"revision": revision} if revision else {}
