@@ -53,6 +53,32 @@ def test_pairing_removes_what_items_share() -> None:
     assert paired(three, second).mean == pytest.approx(difference.mean)
 
 
+def test_a_difference_of_none_or_all_items_is_not_certain() -> None:
+    n = 200
+    missed = 1.959964**2 / (n + 1.959964**2)  # Wilson's bound where 0 of n were seen
+    none, all_of = np.zeros((1, n)), np.ones((1, n))
+    assert paired(none, none) == pytest.approx((0, -missed, missed), abs=1e-9)
+    assert paired(none, all_of) == pytest.approx((-1, -1, -1 + 2**0.5 * missed), abs=1e-9)
+    assert paired(all_of, none) == pytest.approx((1, 1 - 2**0.5 * missed, 1), abs=1e-9)
+    many = np.zeros((1, 10 * n))
+    assert paired(many, many).high < paired(none, none).high / 9
+    lengths = np.full((1, n), 7.0)  # no shares: nothing is known of how they spread
+    assert paired(lengths, lengths) == pytest.approx((0, 0, 0))
+
+
+def test_intervals_of_small_differences_hold_the_truth() -> None:
+    draw = np.random.default_rng(4)
+    held, empty = 0, 0
+    for number in range(300):
+        before = draw.random((1, 200)) < 0.97
+        after = before & (draw.random((1, 200)) < 0.99)
+        found = paired(after.astype(float), before.astype(float), number)
+        held += found.low <= -0.0097 <= found.high
+        empty += found.low == found.high
+    assert held / 300 >= 0.95
+    assert empty == 0
+
+
 def test_other_items_are_refused() -> None:
     with pytest.raises(ValueError, match="expected the same items, got 4 and 5"):
         paired(np.zeros((1, 4)), np.zeros((1, 5)))

@@ -125,6 +125,8 @@ def _rate(outcomes: np.ndarray) -> dict[str, float]:
 
 
 def _difference(found: Outcomes, demo: Outcomes, name: str) -> dict[str, float]:
+    if found is demo:  # nothing to be uncertain of
+        return {"mean": 0.0, "low": 0.0, "high": 0.0}
     return paired(figure(found, name)[None], figure(demo, name)[None])._asdict()
 
 
