@@ -85,10 +85,10 @@ def _facts(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         "suites": [_suite(name, facts) for name, facts in evaluation["suites"].items()],
         "agreement": [_pair(pair) for pair in evaluation["agreement"]],
-        "settings": [(LABELS[name], text) for name, text in protocol["settings"].items()],
+        "settings": [(LABELS[name], text) for name, text in _ordered(protocol["settings"])],
         "max_answer": protocol["decoding"]["max_answer"],
         "dtype": protocol["model"]["dtype"],
-        "costs": [(LABELS[name], cost["time_per_token"]) for name, cost in costs.items()],
+        "costs": [(LABELS[name], cost["time_per_token"]) for name, cost in _ordered(costs)],
         "picture": PICTURE if _points(evaluation) else "",
         "paper": {},
     }
@@ -111,12 +111,17 @@ def _suite(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
             "judge": figure["judge"],
             "n": figure["n"],
             "unreadable": sum(figure["unreadable"].values()),
-            "rows": [_row(method, cell) for method, cell in figure.get("methods", {}).items()],
+            "rows": [_row(name, cell) for name, cell in _ordered(figure.get("methods", {}))],
         }
         for figure in facts["figures"]
     ]
-    told = {"items": facts["items"], "skipped": facts["skipped"], "notes": facts["notes"]}
+    told = {"n_items": facts["items"], "skipped": facts["skipped"], "notes": facts["notes"]}
     return {"name": name, "tables": tables} | told
+
+
+def _ordered(by_method: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What is known by method, in the order of all tables: no steering first, DACO last."""
+    return [(name, by_method[name]) for name in LABELS if name in by_method]
 
 
 def _row(method: str, cell: Mapping[str, Any]) -> tuple[str, str, str]:
