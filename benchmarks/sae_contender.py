@@ -1,8 +1,9 @@
 """One trainer of SAEs in an environment of its own, driven by `sae_training.py` through its standard input.
 
 Usage: python sae_contender.py NAME FOLDER. FOLDER holds shape.json, tokens.f32 (scaled activations) and
-start.safetensors. Each line read, "step FIRST" or "fve", is answered by a line of JSON. Every trainer starts
-from the same weights and gets the same batches; its own step is called, or written out as its trainer has it.
+start.safetensors. Each line read, "step FIRST N" (N batches from token FIRST on) or "fve", is answered by a
+line of JSON. Every trainer starts from the same weights and gets the same batches; its own step is called, or
+written out as its trainer has it.
 """
 
 import importlib
@@ -10,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def daco(shape: dict[str, Any], start: dict[str, Any], select: str) -> Contender
     training = Training(start, 1.0, config)
 
     def reconstruct(x: Any) -> Any:
-        weights = training.exported()
+        weights = {name: w.to(x.device) for name, w in training.exported().items()}
         return decoded(encode(x, weights, config), weights["W_dec"]) + weights["b_dec"]
 
     return training.step, reconstruct
@@ -43,7 +44,7 @@ def saelens(shape: dict[str, Any], start: dict[str, Any], sparse: bool, autocast
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    sizes = {"d_in": shape["d"], "d_sae": shape["m"], "k": shape["k"]}
+    sizes = {"d_in": shape["d"], "d_sae": shape["m"], "k": shape["k"], "device": shape["device"]}
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, use_sparse_activations=sparse))
     for name, value in start.items():
         getattr(sae, name).data.copy_(value)
@@ -53,6 +54,7 @@ def saelens(shape: dict[str, Any], start: dict[str, Any], sparse: bool, autocast
         lr=shape["rate"],
         lr_end=shape["rate"],
         autocast=autocast,
+        device=shape["device"],
         logger=LoggingConfig(log_to_wandb=False),
     )
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
@@ -68,17 +70,17 @@ def sparsify(shape: dict[str, Any], start: dict[str, Any], optimizer: str, autoc
     from sparsify import SparseCoder, SparseCoderConfig
 
     d, m, k = shape["d"], shape["m"], shape["k"]
-    sae = SparseCoder(d, SparseCoderConfig(num_latents=m, k=k), dtype=torch.float32)
+    sae = SparseCoder(d, SparseCoderConfig(num_latents=m, k=k), shape["device"], dtype=torch.float32)
     for target, name in ((sae.encoder.weight, "W_enc"), (sae.encoder.bias, "b_enc"), (sae.W_dec, "W_dec")):
         target.data.copy_(start[name].T if name == "W_enc" else start[name])
     sae.b_dec.data.copy_(start["b_dec"])
     adam = _sparsify_optimizer(sae, m, optimizer, shape["rate"])
-    since_fired, fired = torch.zeros(m, dtype=torch.long), torch.zeros(m, dtype=torch.bool)
+    since_fired, fired = (torch.zeros(m, dtype=t, device=shape["device"]) for t in (torch.long, torch.bool))
 
     def step(x: Any) -> float:  # what sparsify.Trainer.fit does with the outputs of a hooked module
         sae.set_decoder_norm_to_unit_norm()
         variance = (x - x.mean(0)).pow(2).sum()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(shape["device"], torch.bfloat16, enabled=autocast):
             out = sae(x, total_variance=variance)
         fired[out.latent_indices.flatten()] = True
         loss = float(out.fvu.detach())
@@ -116,12 +118,12 @@ def matmul(shape: dict[str, Any], start: dict[str, Any], dtype: str) -> Contende
     W, batch = start["W_enc"], shape["batch"]
     if dtype == "int8":
         quantised = (W * 100).clamp(-127, 127).to(torch.int8)
-        sums = torch.empty(batch, shape["m"], dtype=torch.int32)
-        x8 = torch.ones(batch, shape["d"], dtype=torch.int8)
+        sums = torch.empty(batch, shape["m"], dtype=torch.int32, device=W.device)
+        x8 = torch.ones(batch, shape["d"], dtype=torch.int8, device=W.device)
         return lambda x: torch._int_mm(x8, quantised, out=sums), lambda x: x
     W = W.to(getattr(torch, dtype))
-    out = torch.empty(batch, shape["m"], dtype=W.dtype)
-    x0 = torch.ones(batch, shape["d"], dtype=W.dtype)
+    out = torch.empty(batch, shape["m"], dtype=W.dtype, device=W.device)
+    x0 = torch.ones(batch, shape["d"], dtype=W.dtype, device=W.device)
     return lambda x: torch.mm(x0, W, out=out), lambda x: x
 
 
@@ -146,8 +148,10 @@ MODULES = {"main": "builders.sae_training", "saelens": "sae_lens", "sparsify": "
 """Imported before memory is looked at."""
 
 
-def memory(field: str) -> int:
-    """Bytes of this process's memory: `VmHWM` (the most so far) or `VmRSS` (now)."""
+def memory(field: str, device: str) -> int:
+    """Bytes of this process's memory, or of its GPU's: `VmHWM` (the most so far) or `VmRSS` (now)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -161,25 +165,40 @@ def main() -> None:
     os.dup2(2, 1)  # libraries print where answers go
     tokens = np.memmap(folder / "tokens.f32", np.float32, "r").reshape(-1, shape["d"])
     importlib.import_module(MODULES[CONTENDERS[name][0]])
-    start, before = load_file(folder / "start.safetensors"), memory("VmRSS")
+    device = shape["device"]
+    start, before = load_file(folder / "start.safetensors", device=device), memory("VmRSS", device)
     step, reconstruct = CONTENDERS[name][1](shape, start, *CONTENDERS[name][2])
     for line in sys.stdin:
         command, *rest = line.split()
         if command == "step":
-            x = torch.from_numpy(tokens[int(rest[0]) : int(rest[0]) + shape["batch"]].copy())
-            wall, cpu = time.perf_counter(), time.process_time()
-            step(x)
-            answer = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-            answer |= {"peak": memory("VmHWM") - before}
+            first, n = map(int, rest)
+            rows = torch.from_numpy(tokens[first : first + n * shape["batch"]].copy()).to(device)
+            answer = timed(step, rows.split(shape["batch"]), device)
+            answer["peak"] = memory("VmHWM", device) - before
         else:
-            answer = {"fve": fve(tokens[-shape["held_out"] :], reconstruct), "torch": torch.__version__}
+            answer = {
+                "fve": fve(tokens[-shape["held_out"] :], reconstruct, device),
+                "torch": torch.__version__,
+            }
         print(json.dumps(answer), file=answers, flush=True)
 
 
+def timed(step: Callable[[Any], Any], batches: Sequence[Any], device: str) -> dict[str, float]:
+    """Seconds a step; on a GPU CPU time says nothing, and stands for the clock's."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for x in batches:
+        step(x)
+    wait()
+    wall, cpu = (time.perf_counter() - wall) / len(batches), (time.process_time() - cpu) / len(batches)
+    return {"wall": wall, "cpu": wall if device == "cuda" else cpu}
+
+
 @torch.no_grad()
-def fve(tokens: Any, reconstruct: Callable[[Any], Any]) -> float:
+def fve(tokens: Any, reconstruct: Callable[[Any], Any], device: str) -> float:
     """Fraction of variance explained on held-out tokens, relative to their mean."""
-    held_out = torch.from_numpy(tokens.copy())
+    held_out = torch.from_numpy(tokens.copy()).to(device)
     left = sum(float((x - reconstruct(x)).double().square().sum()) for x in held_out.split(512))
     return 1 - left / float((held_out - held_out.mean(0)).double().square().sum())
 

@@ -5,6 +5,10 @@ better DACO is than `who`; DACO's own rows have its share of the encoder's float
 tokens a second of CPU time, so that other work on the machine counts less; `wall` is the wall clock's.
 Activations are made up here: sparse mixtures of 4 d unit features with Zipf frequencies, a mean, noise, three
 dimensions far larger than the others, one token in 500 eight times as long; then centred and scaled.
+
+With `--device cuda` the same on a GPU, in tokens a second of the clock, several steps a turn, and with the
+share of its bf16 peak that the encoder's product alone makes of DACO's step (`--shape paper --batch 4096`,
+`--shape wide`). A run replaces the rows of the contenders that it runs: memory need not hold all at once.
 """
 
 import argparse
@@ -29,7 +33,11 @@ RESULTS = Path(__file__).parent / "results" / "sae_training.json"
 SHAPES = {
     "small": {"d": 1_024, "m": 8_192, "k": 32, "batch": 2_048},
     "paper": {"d": 3_584, "m": 15_000, "k": 64, "batch": 1_024},
+    "wide": {"d": 3_584, "m": 65_536, "k": 64, "batch": 4_096},
+    "tiny": {"d": 32, "m": 64, "k": 4, "batch": 64},
 }
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 operations a second of GPUs, by a part of their name (NVIDIA's data sheets, SXM)."""
 RATE, HELD_OUT = 1e-3, 2_048
 
 
@@ -98,22 +106,23 @@ class Worker:
 def race(
     names: list[str], pythons: dict[str, str], shape: dict[str, Any], folder: Path, rounds: int
 ) -> list[Worker]:
-    """All contenders in turns, a step each; the first round warms up. Then each has its FVE in `fve`."""
+    """All contenders in turns; the first round warms up. Then each has its FVE in `fve`."""
     workers = [Worker(name, pythons[CONTENDERS[name][0]], folder, shape["threads"]) for name in names]
-    workers = [worker for worker in workers if runs(worker)]
+    workers = [worker for worker in workers if runs(worker, shape["steps"])]
     for turn in range(1, rounds + 1):
         for worker in workers:
-            worker.steps.append(worker.ask(f"step {turn * shape['batch']}"))
+            first = turn * shape["steps"] * shape["batch"]
+            worker.steps.append(worker.ask(f"step {first} {shape['steps']}"))
     for worker in workers:
         worker.fve = 0.0 if worker.name.startswith("matmul") else worker.ask("fve")["fve"]
         worker.close()
     return workers
 
 
-def runs(worker: Worker) -> bool:
-    """Take the first step, which warms up; False where it fails (SAELens's sparse path does on a CPU)."""
+def runs(worker: Worker, steps: int) -> bool:
+    """Take the first steps, which warm up; False where they fail (SAELens's sparse path does on a CPU)."""
     try:
-        worker.ask("step 0")
+        worker.ask(f"step 0 {steps}")
     except RuntimeError as error:
         print(str(error).splitlines()[-1][:200])
         return False
@@ -123,34 +132,41 @@ def runs(worker: Worker) -> bool:
 def rows(workers: list[Worker], shape: dict[str, Any]) -> list[dict[str, Any]]:
     """Speed, FVE and peak memory of every contender, with DACO's ratio."""
     where = f"d {shape['d']:,}, m {shape['m']:,}, k {shape['k']}, batch {shape['batch']:,}"
+    on_gpu = shape["device"] == "cuda"
     cpu = {w.name: statistics.median(step["cpu"] for step in w.steps) for w in workers}
     wall = {w.name: statistics.median(step["wall"] for step in w.steps) for w in workers}
-    limit = cpu.get("matmul, float32", float("nan"))
+    limit = cpu.get("matmul, bfloat16" if on_gpu else "matmul, float32", float("nan"))
+    mine = next(w for w in workers if w.name == "DACO")
     found = []
     for w in workers:
-        own = w.name.startswith("DACO")
-        ratio = limit / cpu[w.name] if own else cpu[w.name] / cpu["DACO"]
-        speed = {
-            "value": round(shape["batch"] / cpu[w.name]),
-            "unit": "tokens / CPU s",
-            "ratio": round(ratio, 3),
-        }
-        speed |= {"wall": round(shape["batch"] / wall[w.name]), "steps": len(w.steps)}
-        found.append({"work": f"train, {where}", "who": w.name} | speed)
+        ratio = limit / cpu[w.name] if w.name.startswith("DACO") else cpu[w.name] / cpu["DACO"]
+        row = {"work": f"train, {where}", "who": w.name, "unit": "tokens / s" if on_gpu else "tokens / CPU s"}
+        row |= {"value": round(shape["batch"] / cpu[w.name]), "ratio": round(ratio, 3)}
+        found.append(
+            row | {"wall": round(shape["batch"] / wall[w.name]), "steps": len(w.steps) * shape["steps"]}
+        )
         if w.name.startswith("matmul"):
             continue
-        mine = {v.name: v for v in workers}["DACO"]
-        fve = {
-            "value": round(w.fve, 4),
-            "unit": "FVE",
-            "ratio": round(mine.fve / w.fve, 3) if w.fve > 0 else None,
-        }
-        tokens = shape["batch"] * (len(w.steps) + 1)
-        found.append({"work": f"FVE after {tokens:,} tokens, {where}", "who": w.name} | fve)
-        memory = w.steps[-1]["peak"] / mine.steps[-1]["peak"]
-        peak = {"value": round(w.steps[-1]["peak"] / 2**20), "unit": "MiB", "ratio": round(memory, 2)}
-        found.append({"work": f"peak memory, {where}", "who": w.name} | peak)
-    return found
+        tokens = shape["batch"] * shape["steps"] * (len(w.steps) + 1)
+        row = {"work": f"FVE after {tokens:,} tokens, {where}", "who": w.name, "unit": "FVE"}
+        found.append(
+            row | {"value": round(w.fve, 4), "ratio": round(mine.fve / w.fve, 3) if w.fve > 0 else None}
+        )
+        row = {"work": f"peak memory, {where}", "who": w.name, "unit": "MiB"}
+        ratio = w.steps[-1]["peak"] / mine.steps[-1]["peak"]
+        found.append(row | {"value": round(w.steps[-1]["peak"] / 2**20), "ratio": round(ratio, 2)})
+    return found + (of_the_peak(where, shape, cpu["DACO"]) if on_gpu else [])
+
+
+def of_the_peak(where: str, shape: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+    """DACO's share of the GPU's bf16 peak, the encoder's product alone counted; nothing of an unknown GPU."""
+    name = torch.cuda.get_device_name()
+    peak = next((value for part, value in PEAK.items() if part in name), None)
+    if peak is None:
+        return []
+    rate = 2 * shape["batch"] * shape["d"] * shape["m"] / seconds
+    row = {"work": f"share of the bf16 peak, {where}", "who": "DACO", "unit": "TFLOP / s"}
+    return [row | {"value": round(rate / 1e12, 1), "ratio": round(rate / peak, 3)}]
 
 
 def machine(threads: int) -> str:
@@ -158,8 +174,9 @@ def machine(threads: int) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     cpu = next(named, platform.processor() or platform.machine())
+    gpu = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
     return (
-        f"{cpu}, {threads} of {os.cpu_count()} threads, load {os.getloadavg()[0]:.0f}; "
+        f"{gpu}{cpu}, {threads} of {os.cpu_count()} threads, load {os.getloadavg()[0]:.0f}; "
         f"Python {platform.python_version()}, torch {torch.__version__}, sae-lens 6.54, eai-sparsify 1.3.3"
     )
 
@@ -173,24 +190,31 @@ def main() -> None:
     parser.add_argument("--sparsify", default="", help="python of an environment with eai-sparsify 1.3.3")
     parser.add_argument("--only", default="", help="contenders, separated by ';'")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=0, help="tokens a step; 0: the shape's")
+    parser.add_argument("--steps", type=int, default=1, help="steps of each contender a turn")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     pythons = {"main": sys.executable, "saelens": arguments.saelens, "sparsify": arguments.sparsify}
     wanted = arguments.only.split(";") if arguments.only else list(CONTENDERS)
     names = [name for name in wanted if pythons[CONTENDERS[name][0]]]
     shape = SHAPES[arguments.shape] | {"threads": arguments.threads, "rate": RATE, "held_out": HELD_OUT}
+    shape |= {"device": arguments.device, "steps": arguments.steps}
+    shape |= {"batch": arguments.batch} if arguments.batch else {}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
-        n_tokens = (arguments.rounds + 1) * shape["batch"] + HELD_OUT
+        n_tokens = (arguments.rounds + 1) * arguments.steps * shape["batch"] + HELD_OUT
         prepare(Path(place), shape, n_tokens, arguments.seed)
         workers = race(names, pythons, shape, Path(place), arguments.rounds)
     table = [row | {"machine": machine(arguments.threads)} for row in rows(workers, shape)]
     for row in table:
         print(f"{row['work']:<62} {row['who']:<32} {row['value']:>8} {row['unit']:<15} x {row['ratio']}")
     print(f"{time.perf_counter() - began:.0f} s")
-    works = {row["work"] for row in table}
-    old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    kept = [row for row in old if row["work"].split(", d ")[1] not in {w.split(", d ")[1] for w in works}]
-    RESULTS.write_text(json.dumps(kept + table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    old = json.loads(arguments.results.read_text()) if arguments.results.is_file() else []
+    run = {(row["work"].partition(", d ")[2], row["unit"], row["who"]) for row in table}
+    kept = [row for row in old if (row["work"].partition(", d ")[2], row["unit"], row["who"]) not in run]
+    text = json.dumps(kept + table, indent=2, sort_keys=True) + "\n"
+    arguments.results.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
