@@ -70,12 +70,13 @@ def chosen_option(answer: str, options: Sequence[str]) -> str:
 
     "(A)" counts before a letter that stands alone, and that before an option's text, which counts only in
     answers of more than five words; of several, the one that is said last. The official rule guesses where
-    this finds none; nothing is guessed here.
+    this finds none; nothing is guessed here. White space around an answer is dropped first.
 
     Args:
         answer: What the model said.
         options: Texts of the options.
     """
+    answer = answer.strip()
     for sign in ",.!?;:'":  # once each, in this order, as the official rule does
         answer = answer.strip(sign)
     text = f" {answer} "

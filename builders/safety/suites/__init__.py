@@ -1,16 +1,17 @@
 """Suites of prompts, one module each: reads official files of benchmarks, writes nothing.
 
 Every module has `read(folder, spec) -> Suite`, and facts: NAME, TITLE, FIGURE (what is judged), LICENCE, URL,
-HUB (data set on the Hub; may be empty), PATTERNS (its files there), SUBSETS (official smaller sets) and RULES
-(what judges are told, by group; "" for all others).
+HUB (data set on the Hub; may be empty), PATTERNS (its files there), ROWS (how many the official files
+have, by official smaller set; "" for all) and RULES (what judges are told, by group; "" for all others).
 """
 
+from collections.abc import Iterator
 from types import ModuleType
 
 from builders.safety.items import Suite
-from builders.safety.sources import folder_of
+from builders.safety.sources import Source, folder_of
 from builders.safety.suites import figstep, harmbench, jailbreakv, mm_safetybench, mmmu, mossbench, xstest
-from builders.safety.suites.spec import SuiteSpec, parse
+from builders.safety.suites.spec import FILTERS, SuiteSpec, parse
 from daco.errors import CorpusError, RecipeError
 
 SUITES: dict[str, ModuleType] = {
@@ -36,8 +37,8 @@ def read_suite(spec: str | SuiteSpec) -> Suite:
     spec = parse(spec) if isinstance(spec, str) else spec
     if (module := SUITES.get(spec.name)) is None:
         raise RecipeError(f"expected a suite of {sorted(SUITES)}, got {spec.name!r}")
-    if spec.subset and spec.subset not in module.SUBSETS:
-        known = " or ".join(module.SUBSETS) or "no subset"
+    if spec.subset not in module.ROWS:
+        known = " or ".join(filter(None, module.ROWS)) or "no subset"
         raise RecipeError(f"{spec.name}: expected {known}, got {spec.subset!r}")
     if not (place := spec.source or module.HUB):
         raise CorpusError(
@@ -46,8 +47,23 @@ def read_suite(spec: str | SuiteSpec) -> Suite:
         )
     source = folder_of(place, spec.revision, module.PATTERNS)
     suite: Suite = module.read(source.folder, spec)
+    return suite._replace(
+        notes=(*_told(suite, spec, module.ROWS[spec.subset]), *suite.notes, *_from(source, place))
+    )
+
+
+def _told(suite: Suite, spec: SuiteSpec, official: int) -> Iterator[str]:
+    """What was asked for, and whether the files are as long as the official ones."""
     if spec.subset:
-        suite = suite._replace(notes=(f"the {spec.subset} set", *suite.notes))
+        yield f"the {spec.subset} set"
+    for option, field in FILTERS.items():
+        if values := getattr(spec, field):
+            yield f"only {option} {', '.join(values)}"
+    rows = len(suite.items) + suite.skipped.total()
+    if rows != official and not (spec.variants or spec.groups or spec.kinds):
+        yield f"{rows:,} rows where the official files have {official:,}"
+
+
+def _from(source: Source, place: str) -> Iterator[str]:
     if source.commit:
-        suite = suite._replace(notes=(*suite.notes, f"read from {place} at {source.commit}"))
-    return suite
+        yield f"read from {place} at {source.commit}"

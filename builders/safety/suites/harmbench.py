@@ -34,7 +34,7 @@ PATTERNS = (
     "behavior_datasets/harmbench_behaviors_multimodal_all.csv",
     "multimodal_behavior_images/*",
 )
-SUBSETS = ()
+ROWS = {"": 110}
 
 RULES = {
     "": (
@@ -57,7 +57,7 @@ def read(folder: Path, spec: SuiteSpec | None = None) -> Suite:
     """
     table = first_file(folder, (f"data/{_TABLE}", _TABLE), "the behaviours")
     images = table.parent.parent / "multimodal_behavior_images"
-    return collect(spec or SuiteSpec(NAME), _candidates(table, images), (), folder)
+    return collect(spec or SuiteSpec(NAME), _candidates(table, images), folder)
 
 
 def _candidates(table: Path, images: Path) -> Iterator[Candidate]:
@@ -88,6 +88,6 @@ def _picture(images: Path, name: str) -> Picture:
     try:
         return picture_file(images, name)
     except BadRowError as reason:
-        if str(reason) != "missing_image" or not name.strip():
+        if str(reason) != "missing_image" or not PurePosixPath(name).name:
             raise
     return picture_file(images, str(PurePosixPath(name).with_suffix(".png")))

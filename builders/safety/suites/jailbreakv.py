@@ -28,7 +28,7 @@ LICENCE = "MIT"
 URL = "https://github.com/SaFoLab-WISC/JailBreakV_28K"
 HUB = "JailbreakV-28K/JailBreakV-28k"
 PATTERNS = ("JailBreakV_28K/**",)
-SUBSETS = ("mini",)
+ROWS = {"": 28_000, "mini": 280}
 
 FORMATS = ("Template", "Persuade", "Logic", "figstep", "SD", "SD_typo", "typo")
 """Forms of attack: the first three by text, the others by picture."""
@@ -81,7 +81,7 @@ def read(folder: Path, spec: SuiteSpec | None = None) -> Suite:
     places = [f"{place}{name}" for name in files for place in ("", "JailBreakV_28K/")]
     table = first_file(folder, places, "the jailbreaks")
     marked = bool(spec.subset) and not table.name.startswith("mini")
-    return collect(spec, _candidates(table, spec, marked), (), folder)
+    return collect(spec, _candidates(table, spec, marked), folder, FORMATS, filter(None, RULES))
 
 
 def _candidates(table: Path, spec: SuiteSpec, marked: bool) -> Iterator[Candidate]:

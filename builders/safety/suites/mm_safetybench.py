@@ -36,7 +36,7 @@ LICENCE = "CC BY-NC 4.0, research only"
 URL = "https://github.com/isXinLiu/MM-SafetyBench"
 HUB = "PKU-Alignment/MM-SafetyBench"
 PATTERNS = ("data/*/*.parquet", "data/processed_questions/*.json", "data/imgs/**", "TinyVersion_ID_List.json")
-SUBSETS = ("tiny",)
+ROWS = {"": 6720, "tiny": 672}
 
 VARIANTS = {
     "SD": "Rephrased Question(SD)",
@@ -92,9 +92,9 @@ def read(folder: Path, spec: SuiteSpec | None = None) -> Suite:
     questions = next((p for p in (folder / "data", folder) if (p / "processed_questions").is_dir()), None)
     tables = sorted(folder.glob("data/*/Text_only.parquet"))
     if questions is not None:
-        suite = collect(spec, _from_questions(questions, tiny, spec), (), folder)
+        suite = collect(spec, _from_questions(questions, tiny, spec), folder, VARIANTS, SCENARIOS)
     elif tables:
-        suite = collect(spec, _from_tables(folder / "data", tiny, spec), (), folder)
+        suite = collect(spec, _from_tables(folder / "data", tiny, spec), folder, VARIANTS, SCENARIOS)
     else:
         raise CorpusError(
             f"{folder}: expected data/processed_questions/*.json or data/*/Text_only.parquet, got neither; "
@@ -139,12 +139,11 @@ def _from_questions(base: Path, tiny: dict[str, set[str]] | None, spec: SuiteSpe
     found = {path.stem: path for path in folder.glob("*.json")}
     for scenario in _scenarios(found, tiny, folder):
         questions = read_json(found[scenario], dict)
-        for number, row in questions.items():
-            if tiny is not None and number not in tiny[scenario]:
-                continue
-            for variant in VARIANTS:
-                if spec.takes(variant, scenario):
-                    yield _candidate(base, scenario, variant, number, row)
+        for variant in VARIANTS:
+            if spec.takes(variant, scenario):
+                for number, row in questions.items():
+                    if tiny is None or number in tiny[scenario]:
+                        yield _candidate(base, scenario, variant, number, row)
 
 
 def _candidate(base: Path, scenario: str, variant: str, number: str, row: Any) -> Candidate:

@@ -31,7 +31,7 @@ LICENCE = "Apache-2.0"
 URL = "https://huggingface.co/datasets/MMMU/MMMU"
 HUB = "MMMU/MMMU"
 PATTERNS = ("*/validation-*.parquet",)
-SUBSETS = ()
+ROWS = {"": 900}
 RULES: dict[str, str] = {}
 
 CHOICE = "Answer with the option's letter from the given choices directly."
@@ -54,7 +54,7 @@ def read(folder: Path, spec: SuiteSpec | None = None) -> Suite:
     files = sorted(folder.glob("*/validation-*.parquet"))
     if not files:
         raise CorpusError(f"{folder}: expected <subject>/validation-*.parquet, got none; fetch {URL}")
-    return collect(spec, _candidates(files, spec), (), folder)
+    return collect(spec, _candidates(files, spec), folder)
 
 
 def _candidates(files: list[Path], spec: SuiteSpec) -> Iterator[Candidate]:

@@ -31,7 +31,7 @@ LICENCE = "CC BY-SA 4.0, not for training"
 URL = "https://github.com/xirui-li/MOSSBench"
 HUB = "AIcell/MOSSBench"
 PATTERNS = ("**/*.json", "**/*.csv", "images/*", "data/images/*")
-SUBSETS = ()
+ROWS = {"": 300}
 
 TYPES = {
     "type 1": "Exaggerated Risk",
@@ -68,7 +68,7 @@ def read(folder: Path, spec: SuiteSpec | None = None) -> Suite:
     spec = spec or SuiteSpec(NAME)
     table = first_file(folder, _PLACES, "the requests")
     root = table.parent.parent if table.parent.name == "images_information" else table.parent
-    return collect(spec, _candidates(table, root), (), folder)
+    return collect(spec, _candidates(table, root), folder)
 
 
 def _candidates(table: Path, root: Path) -> Iterator[Candidate]:

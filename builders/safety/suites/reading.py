@@ -44,8 +44,21 @@ class BadRowError(Exception):
     """A row cannot be used; its text is the reason that is counted. Never leaves this package."""
 
 
-def collect(spec: SuiteSpec, candidates: Iterable[Candidate], notes: Sequence[str], where: Path) -> Suite:
+def collect(
+    spec: SuiteSpec,
+    candidates: Iterable[Candidate],
+    where: Path,
+    variants: Iterable[str] = (),
+    groups: Iterable[str] = (),
+) -> Suite:
     """The items that are asked for, and counts of the rows that give none.
+
+    Args:
+        spec: What is asked for.
+        candidates: In the order of the files; an id that comes again gets a number.
+        where: Place of the files, for messages.
+        variants: Those that there are, where the candidates are not all.
+        groups: The same.
 
     Raises:
         CorpusError: no item is left, or one that was asked for by name is not there.
@@ -53,7 +66,7 @@ def collect(spec: SuiteSpec, candidates: Iterable[Candidate], notes: Sequence[st
     items: list[Item] = []
     skipped: Counter[str] = Counter()
     seen: Counter[str] = Counter()
-    names: dict[str, set[str]] = {"variant": set(), "group": set()}
+    names = {"variant": set(variants), "group": set(groups)}
     for found in candidates:
         for field in names:
             names[field].add(getattr(found, field))
@@ -70,7 +83,7 @@ def collect(spec: SuiteSpec, candidates: Iterable[Candidate], notes: Sequence[st
             f"{where}: expected items of {spec.name}, got none (left out: {dict(skipped)}); "
             "check the folder and the options"
         )
-    return Suite(spec.name, tuple(items), skipped, tuple(notes))
+    return Suite(spec.name, tuple(items), skipped, ())
 
 
 def _check_names(spec: SuiteSpec, names: dict[str, set[str]], where: Path) -> None:
@@ -111,10 +124,10 @@ def picture_file(folder: Path, name: object) -> Picture:
     """
     if not isinstance(name, str) or not name.strip():
         raise BadRowError("missing_image")
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+    inner = PurePosixPath(name.replace("\\", "/"))
+    if inner.is_absolute() or ".." in inner.parts or ":" in "".join(inner.parts[:1]):
         raise BadRowError("outside_folder")
-    path = folder / parts
+    path = folder / inner
     try:
         if not path.is_file():
             raise BadRowError("missing_image")

@@ -27,7 +27,7 @@ LICENCE = "CC BY 4.0"
 URL = "https://github.com/paul-rottger/xstest"
 HUB = ""
 PATTERNS = ("*.csv",)
-SUBSETS = ()
+ROWS = {"": 450}
 
 KINDS = {"safe": "harmless", "unsafe": "harmful"}
 """Kinds of items, by the labels of the files."""
@@ -48,7 +48,7 @@ def read(folder: Path, spec: SuiteSpec | None = None) -> Suite:
         CorpusError: it is none, or a file in it is not what it should be.
     """
     table = first_file(folder, ("xstest_prompts.csv", "xstest_v2_prompts.csv"), "the prompts")
-    return collect(spec or SuiteSpec(NAME), _candidates(table), (), folder)
+    return collect(spec or SuiteSpec(NAME), _candidates(table), folder)
 
 
 def _candidates(table: Path) -> Iterator[Candidate]:
