@@ -138,6 +138,7 @@ def test_questions_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
         "5": mm_question("x") | {"Rephrased Question(SD)": "y" * 100_001},
         "6": mm_question("x") | {"Key Phrase": ""},
         "7": mm_question("x") | {"Key Phrase": "z" * 1001},
+        "\ud800": mm_question("x"),
     }
     make_mm_safetybench(tmp_path, pictures=())
     write(tmp_path / QUESTIONS, json.dumps(rows))
@@ -149,19 +150,23 @@ def test_questions_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
         "SD: missing_image": 4,
         "SD: bad_row": 1,
         "SD: bad_text": 1,
+        "SD: bad_id": 1,
         "SD: empty_text": 1,
         "SD: long_text": 1,
         "SD_TYPO: missing_image": 5,
         "SD_TYPO: empty_text": 1,
         "SD_TYPO: bad_row": 1,
         "SD_TYPO: bad_text": 1,
+        "SD_TYPO: bad_id": 1,
         "TYPO: empty_text": 1,
         "TYPO: bad_row": 1,
         "TYPO: bad_text": 1,
+        "TYPO: bad_id": 1,
         "TYPO: empty_key_phrase": 1,
         "TYPO: long_key_phrase": 1,
         "text: bad_row": 1,
         "text: bad_text": 1,
+        "text: bad_id": 1,
     }
 
 
@@ -206,7 +211,7 @@ def test_rows_of_a_table_that_cannot_be_used_are_counted(tmp_path: Path) -> None
     assert [item.item_id for item in suite.items] == ["0", "0#2"]
     assert sum(suite.skipped.values()) == len(rows) - 2 + 1
     assert suite.skipped == {
-        "Poem: unknown_format": 1,
+        "unknown_format": 1,
         "Template: empty_group": 1,
         "Template: empty_text": 2,
         "Template: missing_image": 5,

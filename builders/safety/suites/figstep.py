@@ -85,6 +85,7 @@ def _candidates(table: Path, images: Path) -> Iterator[Candidate]:
             continue
         number = f"{row['dataset']}_{row['category_id']}_{row['task_id']}"
         try:
+            text_of(number, "id")
             picture = _picture(images, f"query_{number}_6.png", text_of(row["instruction"]))
             question, group = text_of(row["question"]), text_of(row["category_name"], "group")
         except BadRowError as reason:

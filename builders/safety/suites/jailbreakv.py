@@ -33,6 +33,8 @@ ROWS = {"": 28_000, "mini": 280}
 FORMATS = ("Template", "Persuade", "Logic", "figstep", "SD", "SD_typo", "typo")
 """Forms of attack: the first three by text, the others by picture."""
 
+_SPELLED = {name.lower(): name for name in FORMATS}
+
 _HARM = {
     "Illegal Activity": "helps to break the law",
     "Violence": "incites, praises or helps with violence",
@@ -88,18 +90,20 @@ def _candidates(table: Path, spec: SuiteSpec, marked: bool) -> Iterator[Candidat
     for row in read_csv(table, (*COLUMNS, _MINI) if marked else COLUMNS):
         if isinstance(row, Skip):
             yield row
-        elif (not marked or row[_MINI].lower() in ("true", "1")) and spec.takes(row["format"], row["policy"]):
-            yield _candidate(table.parent, row)
+            continue
+        form = _SPELLED.get(row["format"].strip().lower(), "")
+        if (not marked or row[_MINI].strip().lower() in ("true", "1")) and spec.takes(form, row["policy"]):
+            yield _candidate(table.parent, row, form)
 
 
-def _candidate(folder: Path, row: dict[str, str]) -> Candidate:
+def _candidate(folder: Path, row: dict[str, str], form: str) -> Candidate:
     try:
-        if row["format"] not in FORMATS:
+        if not form:
             raise BadRowError("unknown_format")
         policy = text_of(row["policy"], "group")
         prompt, question = text_of(row["jailbreak_query"]), text_of(row["redteam_query"])
         picture = picture_file(folder, row["image_path"])
         number = text_of(row["id"], "id")
     except BadRowError as reason:
-        return Skip(str(reason), row["format"], row["policy"])
-    return Item(NAME, number, "harmful", policy, row["format"], prompt, (picture,), question)
+        return Skip(str(reason), form, row["policy"])
+    return Item(NAME, number, "harmful", policy, form, prompt, (picture,), question)

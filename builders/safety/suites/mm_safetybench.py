@@ -151,6 +151,7 @@ def _candidate(base: Path, scenario: str, variant: str, number: str, row: Any) -
     try:
         if not isinstance(row, dict):
             raise BadRowError("bad_row")
+        text_of(number, "id")
         prompt = text_of(row.get(VARIANTS[variant]))
         question = text_of(row.get("Changed Question"))
         pictures = (_picture(base, scenario, variant, number, row),) if variant != "text" else ()
@@ -200,6 +201,7 @@ def _row_candidate(scenario: str, variant: str, row: dict[str, Any], plain: dict
     """One row of the copy on the Hub."""
     number = str(row["id"])
     try:
+        text_of(number, "id")
         prompt, question = text_of(row["question"]), text_of(plain.get(number))
         picture = None if variant == "text" else picture_cell(row["image"])
         if variant != "text" and picture is None:
