@@ -5,8 +5,8 @@ blocked matrix product in float32 or bfloat16, on CPU or CUDA, proposes; float64
 rounding could have hidden is looked up again, so block, part, dtype and device never change an answer.
 """
 
+import functools
 import hashlib
-import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,17 +26,24 @@ T, U = TypeVar("T"), TypeVar("U")
 FLOOR = 1e-6
 """Cosines are clamped here before their logarithm is taken."""
 
-MARGIN = {"float32": 16, "bfloat16": 96}
+MARGIN = {"float32": 16, "bfloat16": 64}
 """Stimuli proposed beyond k, by dtype: enough that float64 can nearly always tell the k best."""
 
-PAIRS = 512
+PAIRS = 128
 """Concept-stimulus pairs scored in float64 at once: few, so that they stay in the cache."""
 
-RIPE = 10
+RIPE = {"float32": 10, "bfloat16": 24}
 """New stimuli a concept after which the bars are raised: sooner costs sorting, later costs looking."""
 
 GROUP = 32
 """Products looked at together: only where the largest of them is above the bar, each is looked at."""
+
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+"""Above zero, floats are ordered as the integers of the same bits, which are compared faster."""
+
+MOVED = 0.0021
+"""Farthest that rounding to bfloat16 mostly moves a unit row. The search takes note of rows that it moves
+farther, and looks again where that could matter."""
 
 WALK = 16
 """Members of the pool looked at for each negative wanted; half of them are far enough."""
@@ -360,6 +367,19 @@ def _scored(queries: Floats, corpus: Corpus, rows: list[Ints]) -> Found:
 # Proposals.
 
 
+@functools.cache
+def onednn_product() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """oneDNN's float32 product `a @ b.T`, None where torch has none.
+
+    MKL, behind torch.mm, does without AVX-512 on processors of other makers, and takes twice as long there.
+    """
+    try:
+        linear = torch.ops.mkldnn._linear_pointwise
+    except AttributeError:
+        return None
+    return lambda a, b: linear(a, b, None, "none", [], "")
+
+
 def _sizes(n: int, width: int, engine: Engine, n_workers: int) -> tuple[int, int]:
     """(stimuli, concepts) scored at once: blocks and their products take a quarter of the memory each."""
     quarter = engine.memory * 2**20 // 4
@@ -428,14 +448,16 @@ class _Proposer:
         for start in range(0, len(rest), self.block):
             rows = rest[start : start + self.block]
             sides = [side.take(rows) for side in (self.corpus.images, self.corpus.texts)]
-            self._score_block(torch.from_numpy(rows).to(self.device), self.workers.map(self._half, sides))
+            singles = self.workers.map(self._single, sides)
+            halves = [single.to(self.dtype) for single in singles]
+            for single, rounded in zip(singles, halves, strict=True):
+                self.error.note(single, rounded)
+            self._score_block(torch.from_numpy(rows).to(self.device), halves)
 
-    def _half(self, rows: Floats) -> Tensor:
-        """A block as the engine's dtype; notes how far the rounding moved its rows."""
+    def _single(self, rows: Floats) -> Tensor:
+        """Rows in float32, and rows of zeros up to a number divisible by GROUP: no bar lies as low."""
         single = torch.from_numpy(rows).to(self.device).float()
-        rounded = single.to(self.dtype)
-        self.error.note(single, rounded)
-        return rounded
+        return torch.nn.functional.pad(single, (0, 0, 0, -len(single) % GROUP))
 
     def _score_block(self, rows: Tensor, sides: list[Tensor]) -> None:
         def score(tile: slice) -> None:
@@ -444,18 +466,20 @@ class _Proposer:
 
         self.workers.map(score, self.tiles())
 
-    def _cosines(self, asked: Tensor, sides: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Rounded (image, text) cosines [tile, block], padded with -1 to a width divisible by GROUP."""
-        n = len(sides[0])
-        image, text = (self._buffer(name, len(asked), n, asked.dtype) for name in ("image", "text"))
+    def _cosines(self, asked: Tensor, sides: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Rounded (image, text) cosines [tile, block]; a thread's next ones take their place."""
+        if asked.dtype == torch.float32 and self.device.type == "cpu" and (onednn := onednn_product()):
+            return onednn(asked, sides[0]), onednn(asked, sides[1])
+        image, text = (
+            self._buffer(name, len(asked), len(sides[0]), asked.dtype) for name in ("image", "text")
+        )
         for out, side in ((image, sides[0]), (text, sides[1])):
-            torch.mm(asked, side.T, out=out[:, :n])
-            out[:, n:] = -1.0
+            torch.mm(asked, side.T, out=out)
         return image, text
 
     def _buffer(self, name: str, m: int, n: int, dtype: torch.dtype) -> Tensor:
-        """[m, n rounded up to GROUP] of a thread's own; fresh memory for every tile would cost much."""
-        size = m * (-(-n // GROUP) * GROUP)
+        """[m, n] of a thread's own; fresh memory for every tile would cost much."""
+        size = m * n
         buffers: dict[str, Tensor] = self.local.__dict__
         found = buffers.get(f"{name}{dtype}")
         if found is None or len(found) < size:
@@ -467,9 +491,9 @@ class _Proposer:
 
         Two negative cosines have a product that looks good: looked at again where it is above the bar.
         """
-        grouped = product.unflatten(1, (GROUP, -1))
-        bar = self.bar[tile][:, None]
-        who, group = torch.nonzero(grouped.amax(1) > bar, as_tuple=True)
+        grouped, bar = product.unflatten(1, (GROUP, -1)), self.bar[tile][:, None]
+        bits = grouped.view(INTEGERS[product.dtype])
+        who, group = torch.nonzero(bits.amax(1) > _bits(bar, product.dtype), as_tuple=True)
         if len(who) * 4 > len(product) * self.room:
             self._merge_best(tile, product, text, rows)
             return
@@ -491,7 +515,7 @@ class _Proposer:
         slot -= (fresh.cumsum(0) - fresh)[who]
         self.values[tile][who, slot], self.columns[tile][who, slot] = values, columns
         self.count[tile] += fresh
-        if int(self.count[tile].sum()) > (self.kept + RIPE) * len(fresh):
+        if int(self.count[tile].sum()) > (self.kept + RIPE[self.engine.dtype]) * len(fresh):
             self._compact(tile)
         return True
 
@@ -538,10 +562,7 @@ class _Proposer:
         Returns:
             For every query the corpus rows of its first n draws that lie in the farther half of the pool.
         """
-        sides = [
-            torch.from_numpy(side.take(self.pool)).to(self.device).float()
-            for side in (self.corpus.images, self.corpus.texts)
-        ]
+        sides = [self._single(side.take(self.pool)) for side in (self.corpus.images, self.corpus.texts)]
         rows = torch.from_numpy(self.pool).to(self.device)
         most = self.engine.memory * 2**18 // (4 * len(self.pool) * self.workers.n)
         step = max(1, min(self.tile, most))
@@ -549,13 +570,11 @@ class _Proposer:
 
         def score(first: int) -> list[Ints]:
             tile = slice(first, min(first + step, len(self.asked)))
-            whole = self._buffer("whole", tile.stop - first, len(self.pool), torch.float32)
+            whole = self._buffer("whole", tile.stop - first, len(sides[0]), torch.float32)
             for start in range(0, len(self.pool), block):
-                part = slice(start, min(start + block, len(self.pool)))
+                part = slice(start, start + block)
                 image, text = self._cosines(self.single[tile], [side[part] for side in sides])
-                product = whole[:, start : start + image.shape[1]]
-                torch.mul(image.clamp_(min=0), text, out=product)
-                product[:, part.stop - start :] = -1.0
+                product = torch.mul(image.clamp_(min=0), text, out=whole[:, part])
                 self._offer(tile, product, text, rows[part])
             return self._far(tile, whole[:, : len(self.pool)].cpu().numpy(), draws[tile], n)
 
@@ -570,26 +589,33 @@ class _Proposer:
         for query, values, tried in zip(queries, product, draws, strict=True):
             middle = max(float(np.partition(values, len(values) - half - 1)[len(values) - half - 1]), 0.0)
             doubt = 2.1 * self.error.single(middle)
+            between = np.float32(middle - doubt), np.float32(middle + doubt)
             drawn = np.maximum(values[tried], 0)  # below 0 is where a caption's cosine is clamped
-            sure, unsure = drawn < middle - doubt, np.abs(drawn - middle) <= doubt
+            sure, unsure = drawn < between[0], (drawn >= between[0]) & (drawn <= between[1])
             last = int(np.searchsorted(np.cumsum(sure), n)) + 1  # draws beyond are not needed
             if unsure[:last].any():
-                sure = self._far_exactly(query, np.maximum(values, 0), middle, doubt, half)[tried]
+                sure = self._far_exactly(query, np.maximum(values, 0), between, half)[tried]
             far.append(self.pool[tried[sure][:n]])
         return far
 
     def _far_exactly(
-        self, query: Floats, values: Floats, middle: float, doubt: float, half: int
+        self, query: Floats, values: Floats, between: tuple[Any, Any], half: int
     ) -> NDArray[np.bool_]:
         """Which members of the pool are in its farther half: float64 orders those about the middle."""
-        far = values < middle - doubt
-        unsure = np.flatnonzero(np.abs(values - middle) <= doubt)
+        far, near = values < between[0], values > between[1]
+        unsure = np.flatnonzero(~(far | near))
         rows = self.pool[unsure]
         scores = exact_scores(query[None], self.corpus, np.zeros(len(rows), np.int64), rows)
         order = np.lexsort((self.corpus.place[rows], -scores.closeness))
-        n_near = half - int((values > middle + doubt).sum())
+        n_near = half - int(near.sum())
         far[unsure[order[n_near:]]] = True
         return far
+
+
+def _bits(bar: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bars > 0 as integers that the bits of a product in `dtype` are above where the product is."""
+    bits = bar.view(torch.int32)
+    return bits if dtype == torch.float32 else (bits >> 16).to(torch.int16)
 
 
 class _Error:
@@ -605,8 +631,7 @@ class _Error:
     def __init__(self, width: int, single: Tensor, rounded: Tensor) -> None:
         self.sum = (width + 4) * 2.0**-24
         self.queries = _moved(single, rounded)
-        self.rows = 2.0**-8 if rounded.dtype == torch.bfloat16 else 0.0
-        self.seen = 0.0
+        self.seen = MOVED if rounded.dtype == torch.bfloat16 else 0.0
         self.relative = 3 * 2.0**-8 if rounded.dtype == torch.bfloat16 else 2.0**-22
 
     def note(self, single: Tensor, rounded: Tensor) -> None:
@@ -615,11 +640,7 @@ class _Error:
             self.seen = max(self.seen, _moved(single, rounded))
 
     def at(self, closeness: Any) -> Any:
-        """The bound at some closeness (number or tensor), before all rows were seen."""
-        return self._bound(self.queries + self.rows + self.sum, closeness, self.relative)
-
-    def final(self, closeness: Any) -> Any:
-        """The bound at some closeness, once every row was seen."""
+        """The bound at some closeness (number or tensor), for the rows noted so far."""
         return self._bound(self.queries + self.seen + self.sum, closeness, self.relative)
 
     def single(self, closeness: float) -> float:
@@ -641,30 +662,44 @@ def _moved(single: Tensor, rounded: Tensor) -> float:
 
 def _decide(queries: Floats, corpus: Corpus, k: int, proposer: _Proposer) -> tuple[Found, Ints]:
     """Order the proposals in float64; also which queries something that was dropped could belong to."""
-    values, columns = proposer.candidates()
-    bar, error = proposer.bar.cpu(), proposer.error.final
+    values, columns = (found.numpy() for found in proposer.candidates())
+    bar, error = proposer.bar.cpu().numpy(), proposer.error.at
 
-    def decide(tile: slice) -> tuple[Found, list[int]]:
-        last = values[tile, k - 1]
-        # The highest that float64 could put what was dropped, or kept and yet not scored.
-        worst = torch.maximum(bar[tile] + error(bar[tile]), last - error(last)).numpy()
-        needed = (values[tile] > (last - 2.1 * error(last.clamp(min=0)))[:, None]) & (values[tile] > 0)
-        who, slot = (found.numpy() for found in torch.nonzero(needed, as_tuple=True))
-        rows = columns[tile].numpy()[who, slot]
-        scores = exact_scores(queries[tile], corpus, who, rows)
-        found, doubtful = Found([], []), []
-        ends = np.searchsorted(who, np.arange(tile.stop - tile.start + 1)).tolist()
-        for query, (start, end) in enumerate(itertools.pairwise(ends)):
-            best, best_scores = ranked(rows[start:end], scores.at(slice(start, end)), corpus.place, k)
-            found.rows.append(best)
-            found.scores.append(best_scores)
-            if len(best) < k or not best_scores.closeness[-1] > worst[query]:
-                doubtful.append(tile.start + query)
-        return found, doubtful
+    def decide(tile: slice) -> tuple[Found, Ints]:
+        scores = _scored_proposals(queries[tile], corpus, k, values[tile], columns[tile], error)
+        closeness = np.where(scores.positive, scores.closeness, -1)
+        order = np.lexsort((corpus.place[columns[tile]], -closeness))[:, :k]
+        rows, image, text, closeness = (
+            np.take_along_axis(found, order, 1) for found in (columns[tile], *scores, closeness)
+        )
+        n = (closeness > 0).sum(1)
+        found = Found(
+            [found[:most] for found, most in zip(rows, n, strict=True)],
+            [Scores(i[:most], t[:most]) for i, t, most in zip(image, text, n, strict=True)],
+        )
+        worst = bar[tile] + error(bar[tile])  # the highest that float64 could put what was dropped
+        return found, tile.start + np.flatnonzero(~(closeness[:, -1] > worst))
 
     parts = proposer.workers.map(decide, proposer.tiles())
-    doubtful = [query for _, part in parts for query in part]
-    return _joined([part for part, _ in parts]), np.array(doubtful, dtype=np.int64)
+    return _joined([part for part, _ in parts]), np.concatenate([doubtful for _, doubtful in parts])
+
+
+def _scored_proposals(
+    asked: Floats, corpus: Corpus, k: int, values: Floats, columns: Ints, error: Callable[[Any], Any]
+) -> Scores:
+    """Float64 scores [n, kept] of the k best proposals and of all that could be closer; 0 elsewhere."""
+    scores = Scores(np.zeros(values.shape), np.zeros(values.shape))
+
+    def score(chosen: NDArray[np.bool_]) -> None:
+        who, slot = np.nonzero(chosen)
+        for out, found in zip(scores, exact_scores(asked, corpus, who, columns[who, slot]), strict=True):
+            out[who, slot] = found
+
+    first = np.arange(values.shape[1]) < k
+    score((values > 0) & first)
+    floor = np.where(scores.positive, scores.closeness, 0)[:, :k].min(1)
+    score((values > np.maximum(floor - 1.05 * error(floor), 0)[:, None]) & ~first)
+    return scores
 
 
 def ranked(rows: Ints, scores: Scores, place: Ints, k: int) -> tuple[Ints, Scores]:
