@@ -328,7 +328,7 @@ def ink(image: object) -> np.ndarray:
             ["the quick brown fox", "jumps over the lazy", "dog"],
         ),
         (" tea \n and\tcake ", ["tea and cake"]),
-        ("W" * 40, ["W" * 40]),
+        ("a " + "W" * 25 + " b", ["a", "W" * 11, "W" * 11, "WWW b"]),
     ],
 )
 def test_typo_pictures_are_wrapped_by_words(phrase: str, lines: list[str]) -> None:

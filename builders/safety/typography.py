@@ -46,14 +46,25 @@ def typo(phrase: str) -> Image.Image:
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Words of a text in lines of at most `width` pixels; a word wider than that has a line of its own."""
+    """Words of a text in lines of at most `width` pixels; a word wider than that is cut by letters."""
     lines: list[str] = []
     for word in text.split():
+        while len(word) > 1 and font.getlength(word) > width:
+            lines.append(word[: (cut := _fitting(word, font, width))])
+            word = word[cut:]
         if lines and font.getlength(longer := f"{lines[-1]} {word}") < width:
             lines[-1] = longer
         else:
             lines.append(word)
     return lines
+
+
+def _fitting(word: str, font: ImageFont.FreeTypeFont, width: int) -> int:
+    """How many of a word's first letters fit; at least one."""
+    n = 1
+    while n < len(word) and font.getlength(word[: n + 1]) <= width:
+        n += 1
+    return n
 
 
 def figstep(instruction: str) -> Image.Image:
