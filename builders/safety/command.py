@@ -6,15 +6,17 @@ Judges that need a model of their own are loaded after the answers are there, on
 
 import dataclasses
 import gc
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from builders.mllm import load_mllm
 from builders.safety.items import Suite
-from builders.safety.judges import judges_of
+from builders.safety.judges import check_spec, judges_of
 from builders.safety.methods import BY_DICTIONARY, build, parse_settings
 from builders.safety.report import missing, write_report
 from builders.safety.run import Asking, answer_all, cells_of, jobs_of, judge_all, record, scores_name, thinned
@@ -86,6 +88,8 @@ def evaluate(plan: Evaluation) -> bool:
         DiskError: there is no room.
     """
     given = parse_settings(plan.methods, plan.settings)
+    for spec in plan.judges:
+        check_spec(spec, plan.base_url)  # before hours of answers
     suites = _suites(plan)
     steering, dictionary = _built_from(plan)
     arms = build(given, steering, dictionary)
@@ -119,14 +123,17 @@ def protocol(
     """What the table must say of how it was made."""
     found = dataclasses.asdict(ModelFacts.of(model))
     del found["fingerprint"]
-    made_from = {
-        "sae": {"name": steering.name, "commit": steering.commit or ""} if steering else {},
-        "dictionary": {"name": dictionary.name, "commit": dictionary.commit or ""} if dictionary else {},
+    releases = {
+        "sae": [{"name": steering.name, "commit": steering.commit}] if steering else [],
+        "dictionary": dictionary.sources if dictionary else [],
     }
+    from_hub = {what: [one for one in some if one.get("commit")] for what, some in releases.items()}
     return {
         "model": found | {"dtype": plan.dtype},
         "decoding": {"greedy": True, "max_answer": plan.asking.max_answer},
-        "from": {name: facts for name, facts in made_from.items() if facts},
+        "from": {
+            what: some for what, some in from_hub.items() if some
+        },  # a folder's path says nothing elsewhere
     }
 
 
@@ -157,6 +164,8 @@ def _built_from(plan: Evaluation) -> tuple[SteeringSAE | None, ConceptDictionary
 
 def _load(plan: Evaluation) -> tuple[Any, Any]:
     place = place_of(plan.model)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     model, processor = load_mllm(place.name, place.revision, plan.dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 

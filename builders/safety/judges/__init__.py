@@ -87,6 +87,16 @@ def judge_of(spec: str, figure: str = "", **settings: Any) -> Judge:
     return make(figure or figures[0])
 
 
+def check_spec(spec: str, base_url: str = "") -> None:
+    """Raise RecipeError where there is no such judge; loads and asks nothing."""
+    kind, colon, name = spec.strip().partition(":")
+    alone = kind in ("rule", "choice", "likelihood") and not colon
+    guard = kind == "guard" and bool(name.strip("@"))
+    endpoint = kind in ("endpoint", "fluency") and bool(colon) and bool(name or base_url)
+    if not (alone or guard or endpoint):
+        raise RecipeError(f"judge: expected one of {list(SPECS)}, got {spec!r}")
+
+
 def judges_of(spec: str, **settings: Any) -> list[Judge]:
     """All figures that a judge can tell, one judge each, which share its model; see `judge_of`."""
     figures, make = _maker(spec, JudgeSettings(**settings))
@@ -94,22 +104,19 @@ def judges_of(spec: str, **settings: Any) -> list[Judge]:
 
 
 def _maker(spec: str, settings: JudgeSettings) -> Maker:
-    kind, colon, name = spec.strip().partition(":")
-    if not colon and kind == "rule":
+    check_spec(spec, settings.base_url)
+    kind, _, name = spec.strip().partition(":")
+    if kind == "rule":
         from builders.safety.judges.rule import FIGURES, RuleJudge
 
         return FIGURES, RuleJudge
-    if not colon and kind == "choice":
+    if kind == "choice":
         from builders.safety.judges.choice import ChoiceJudge
 
         return (ChoiceJudge.figure,), lambda _: ChoiceJudge()
-    if not colon and kind == "likelihood":
+    if kind == "likelihood":
         return _likelihood(settings)
-    if kind == "guard" and name.partition("@")[0]:
-        return _guard(name, settings)
-    if kind in ("endpoint", "fluency") and colon and (name or settings.base_url):
-        return _endpoint(name, settings, kind)
-    raise RecipeError(f"judge: expected one of {list(SPECS)}, got {spec!r}")
+    return _guard(name, settings) if kind == "guard" else _endpoint(name, settings, kind)
 
 
 def _likelihood(settings: JudgeSettings) -> Maker:
