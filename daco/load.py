@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -133,8 +133,7 @@ def _download(repo: str, name: str, **options: Any) -> Path:
         problem = f"{where} is gated: ask for access on its page, then log in with `hf auth login`"
         raise ArtefactNotFoundError(problem) from error
     except RepositoryNotFoundError as error:
-        problem = f"expected a folder or a {kind} repo {where}, got neither; check the name and your login"
-        raise ArtefactNotFoundError(problem) from error
+        raise ArtefactNotFoundError(_no_repo(repo, where, kind, options.get("token"))) from error
     except RevisionNotFoundError as error:
         raise ArtefactNotFoundError(_no_revision(repo, str(options.get("revision")))) from error
     except LocalEntryNotFoundError as error:
@@ -150,6 +149,22 @@ def _download(repo: str, name: str, **options: Any) -> Path:
         raise HubUnavailableError(
             f"{where}: could not fetch {name}: {type(error).__name__}; try again"
         ) from error
+
+
+_READS = {"model": "SteeringSAE", "dataset": "ConceptDictionary"}
+
+
+def _no_repo(repo: str, where: str, kind: str, token: str | bool | None) -> str:
+    """What to say of a repo that is not there, which may be one of the other kind."""
+    other = "dataset" if kind == "model" else "model"
+    try:
+        HfApi(token=token).repo_info(repo, repo_type=other, timeout=10)
+    except (HfHubHTTPError, OSError, ValueError):
+        return (
+            f"expected a folder or a {kind} repo {where}, got neither; check the name and your login "
+            "(`hf auth login`)"
+        )
+    return f"expected a {kind} repo, got the {other} repo {repo}; daco.{_READS[other]} loads it"
 
 
 def _no_revision(repo: str, revision: str) -> str:

@@ -161,6 +161,10 @@ def test_verify_looks_at_what_the_cache_has_and_downloads_when_told(
     folder = write_model_release(tmp_path / "release")
     (folder / "README.md").unlink(missing_ok=True)
     publish(folder, Target("org/sae", "model", local_hub.url, "hf_local"))
+    empty = MAIN.replace("sys.exit(main())", "sys.stderr = sys.stdout; assert main() == 1")
+    assert "org/sae: expected a release in the cache, got none; --download fetches it" in " ".join(
+        local_hub.run(empty, "verify", "org/sae").split()
+    )
     said = json.loads(local_hub.run(MAIN, "info", "org/sae", "--json"))
     assert said["kind"] == "model"
     assert len(said["commit"]) == 40
@@ -378,7 +382,14 @@ def test_a_wrong_image_is_said_before_a_model_is_loaded(cli: Daco, folders: Fold
 
 
 @pytest.mark.parametrize(
-    ("cause", "named"), [("no libfoo", "got: no libfoo"), ("operator torchvision::nms", "built for another")]
+    ("cause", "named"),
+    [
+        ("no libfoo", "got: no libfoo; check name"),
+        (
+            "operator torchvision::nms",
+            "built for another torch; install the torchvision that goes with torch",
+        ),
+    ],
 )
 def test_an_import_that_fails_is_named_by_its_cause(
     cause: str, named: str, cli: Daco, folders: Folders, monkeypatch: pytest.MonkeyPatch

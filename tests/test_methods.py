@@ -172,6 +172,19 @@ def test_one_layer_without_labels_is_noted() -> None:
     method = SAESteering(sae)
     assert (method.is_empty(1), method.is_empty(2)) == (False, True)
     assert "layers [2] stay as they are" in method.notes()[0]
+    assert len(method.notes()) == 1
+
+
+def test_a_gamma_that_shifts_nothing_is_noted() -> None:
+    sae, found = small_sae.steering_sae(), small_sae.dictionary()
+    labels = sae.layers[2].atoms["polarity"].replace("desirable", "neutral")
+    object.__setattr__(sae.layers[2], "atoms", sae.layers[2].atoms.assign(polarity=labels))
+    said = "gamma 0.2 shifts nothing at layers {}: nothing is desirable there"
+    assert SAESteering(sae).notes() == [said.format([2])]
+    assert SAESteering(sae, gamma=0.0).notes() == SAESteering(small_sae.steering_sae()).notes() == []
+    found.concepts["polarity"] = found.concepts["polarity"].replace("desirable", "neutral")
+    assert MOP(found, gamma=0.2).notes() == [said.format([1, 2])]
+    assert MOP(found).notes() == MOP(small_sae.dictionary(), gamma=0.2).notes() == []
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,8 @@ assert "org/DACO-tiny has no revision 'v9.9.9'" in refused(
     daco.ConceptDictionary.from_pretrained, DATASET, revision="v9.9.9")
 assert "org/DACO-tiny has no revision '1.0.0'; did you mean 'v1.0.0'?" in refused(
     daco.ConceptDictionary.from_pretrained, DATASET, revision="1.0.0")
-assert "neither" in refused(daco.SteeringSAE.from_pretrained, DATASET)  # a dataset is no model
+other = refused(daco.SteeringSAE.from_pretrained, DATASET)
+assert other == "expected a model repo, got the dataset repo org/DACO-tiny; daco.ConceptDictionary loads it"
 
 damaged = [p for p in pathlib.Path(constants.HF_HUB_CACHE).rglob("*")
            if p.is_file() and not p.is_symlink() and "blobs" in p.parts and p.stat().st_size > 3000]

@@ -154,7 +154,7 @@ def verify(
 
     Of a repo, those that the cache has; the exit code is 1 where one is broken.
     """
-    snapshot = releases.find(repo, _kind(kind), revision, offline=not download)
+    snapshot = releases.cached(repo, _kind(kind), revision, download)
     files = tqdm(
         releases.check(snapshot),
         total=len(snapshot.manifest["files"]),

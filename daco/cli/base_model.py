@@ -65,13 +65,14 @@ def load(name: str, revision: str | None, device: str, dtype: str) -> tuple[Any,
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         first = _first_cause(error)
         said = str(first).strip().partition("\n")[0] or type(first).__name__
+        advice = "check name, revision and login, or give --model"
         if "torchvision::" in said:  # what torch says of it names neither the package nor what to do
-            said = (
-                f"a torchvision built for another torch; install the one that goes with {torch.__version__}"
+            said, advice = (
+                "a torchvision built for another torch",
+                f"install the torchvision that goes with torch {torch.__version__}",
             )
         raise ArtefactNotFoundError(
-            f"expected a model that transformers can load at {name!r}, got: {said}; "
-            "check name, revision and login, or give --model"
+            f"expected a model that transformers can load at {name!r}, got: {said}; {advice}"
         ) from error
 
 

@@ -45,6 +45,7 @@ def find(repo_or_folder: str, kind: str | None, revision: str | None, offline: b
         raise problems[0]
     # of two kinds, the one that is there but cannot be used is the one that was meant
     meant = [problem for problem in problems if "got neither" not in str(problem)]
+    meant = [problem for problem in meant if " repo, got the " not in str(problem)]
     raise (
         meant[0]
         if meant
@@ -52,6 +53,23 @@ def find(repo_or_folder: str, kind: str | None, revision: str | None, offline: b
             f"expected a folder or a repo {repo_or_folder}, got neither; check the name and your login"
         )
     )
+
+
+def cached(repo_or_folder: str, kind: str | None, revision: str | None, download: bool) -> Snapshot:
+    """The release as the cache has it, or from the Hub where it may be downloaded.
+
+    Raises:
+        ArtefactNotFoundError: there is none.
+    """
+    try:
+        return find(repo_or_folder, kind, revision, offline=not download)
+    except ArtefactNotFoundError as error:
+        if download or not isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        where = f"{repo_or_folder}@{revision}" if revision else repo_or_folder
+        raise ArtefactNotFoundError(
+            f"{where}: expected a release in the cache, got none; --download fetches it"
+        ) from error
 
 
 def described(snapshot: Snapshot) -> dict[str, Any]:

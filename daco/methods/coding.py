@@ -18,6 +18,7 @@ from daco.methods.method import (
     number,
     raise_if,
     shift,
+    shift_notes,
 )
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class ConceptRemoval:
         return self.gamma > 0 and len(self._desirable) > 0
 
     def notes(self) -> list[str]:
-        """Why nothing happens."""
-        return empty_notes(self)
+        """Why nothing happens, or no shift."""
+        return [*empty_notes(self), *shift_notes(self, self.gamma)]
 
     def _unit_rows(self, dictionary: "ConceptDictionary", layer: int, dtype: torch.dtype) -> Tensor:
         return normalize(dictionary.raw(layer).to(dtype), dim=-1)

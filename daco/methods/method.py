@@ -100,12 +100,22 @@ def empty_notes(method: Method) -> list[str]:
     return [f"layers {empty} stay as they are: nothing is labelled there"] if empty else []
 
 
+def shift_notes(method: Method, gamma: float) -> list[str]:
+    """A remark where gamma was to shift towards what is not there."""
+    busy = [layer for layer in method.layers if not method.is_empty(layer)]  # of others empty_notes speaks
+    missing = [layer for layer in busy if gamma > 0 and not method.shifted(layer)]
+    if not missing:
+        return []
+    return [f"gamma {gamma:g} shifts nothing at layers {missing}: nothing is desirable there"]
+
+
 def number(name: str, value: float, low: float, high: float = math.inf, open_ends: bool = False) -> float:
     """Raises ValueError where a parameter is not finite or out of range."""
     inside = low < value < high if open_ends else low <= value <= high
     if not (math.isfinite(value) and inside):
-        ends = "between" if open_ends else "from"
-        raise ValueError(f"{name}: expected a number {ends} {low:g} and {high:g}, got {value!r}")
+        ends = f"between {low:g} and {high:g}" if open_ends else f"from {low:g} to {high:g}"
+        ends = ends if math.isfinite(high) else f"{'above' if open_ends else 'from'} {low:g}"
+        raise ValueError(f"{name}: expected a number {ends}, got {value!r}")
     return float(value)
 
 

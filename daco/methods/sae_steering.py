@@ -18,6 +18,7 @@ from daco.methods.method import (
     number,
     raise_if,
     shift,
+    shift_notes,
 )
 from daco.sae import LayerSAE, top_k
 from daco.selection import Selection, strengths_of
@@ -117,11 +118,12 @@ class SAESteering:
         return self.gamma > 0 and len(self._desirable[layer]) > 0
 
     def notes(self) -> list[str]:
-        """Layers that stay as they are, agreement of the threshold form, and what names were looked up in."""
+        """Layers that are not steered or shifted, agreement of the threshold form, where names were looked up."""
         rows_only = any(found.labelled_at is not None for found in self._saes.values())
         among = ["names were looked up among the labelled atoms alone (steering_only)"]
         return [
             *empty_notes(self),
+            *shift_notes(self, self.gamma),
             *self._form_notes(),
             *(among if rows_only and self._remove is not None else []),
         ]
