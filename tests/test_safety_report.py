@@ -13,7 +13,7 @@ from release_fixture import write_model_release
 from safety_stand_ins import METHODS, Length, arms, cells, quick, suite, tiny
 
 from builders.safety import paper, report, run
-from builders.safety.run import answer_all, jobs_of, judge_all, record, scores_name
+from builders.safety.run import answer_all, jobs_of, judge_all, judge_facts, record
 from daco.errors import RecipeError
 from daco.manifest import read_manifest, sha256_file
 from daco.tables import read_table, table_of, write_table
@@ -34,8 +34,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answer_all(folder, *model, jobs, quick())
     for judge in judges:
         judge_all(folder, judge, jobs)
-    told = [{"name": j.name, "figure": j.figure, "folder": scores_name(j)} for j in judges]
-    record(folder, found, told, PROTOCOL)
+    record(folder, found, [judge_facts(judge, found) for judge in judges], PROTOCOL)
     return folder
 
 
@@ -109,8 +108,17 @@ def test_a_table_of_unfinished_answers_is_refused(out: Path, tmp_path: Path) -> 
     shutil.copytree(out, part)
     gone = next((part / "answers" / "ours").glob("daco-*/00000.parquet"))
     gone.unlink()
-    assert report.missing(part) == [f"ours under daco: {max(0, 23 - run.SHARD)} of 23 items"]
-    with pytest.raises(RecipeError, match="expected answers to every item, got ours under daco"):
+    assert report.missing(part) == [f"ours under daco: {max(0, 23 - run.SHARD)} of 23 items answered"]
+    with pytest.raises(RecipeError, match="expected answers to every item and verdicts on them, got ours"):
+        report.summary(part)
+
+
+def test_a_table_of_unfinished_verdicts_is_refused(out: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(out, part)
+    next((part / "scores").glob("length*/ours/mop-*/00000.parquet")).unlink()
+    assert report.missing(part) == ["ours under mop: 0 of 1 shards judged by length"]
+    with pytest.raises(RecipeError, match="judged by length"):
         report.summary(part)
 
 

@@ -19,7 +19,7 @@ from builders.answers import generated_ids
 from builders.safety import run
 from builders.safety.asking import ask, batches, inputs_of, opened
 from builders.safety.items import Picture
-from builders.safety.run import Asking, answer_all, jobs_of, judge_all, part_of, record, thinned
+from builders.safety.run import Asking, answer_all, jobs_of, judge_all, judge_facts, part_of, record, thinned
 from daco.errors import RecipeError
 from daco.tables import read_table
 
@@ -226,11 +226,12 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_tables(tmp_path: Pat
 
 def test_the_record_says_what_is_compared(tmp_path: Path, model: Any, made: Any) -> None:
     found = cells(model[0], [suite(), suite(7, "theirs", "harmless")], made)
-    record(tmp_path, found, [{"name": "length", "figure": "unsafe", "folder": "x"}], {"model": {"id": "a/b"}})
+    record(tmp_path, found, [judge_facts(Length(), found)], {"model": {"id": "a/b"}})
     told = run.read_record(tmp_path)
     assert {name: facts["items"] for name, facts in told["suites"].items()} == {"ours": 9, "theirs": 7}
     assert told["suites"]["ours"]["skipped"] == {"missing_image": 2}
     assert len(told["cells"]) == 2 * len(METHODS)
+    assert told["judges"][0]["suites"] == ["ours"]
     with pytest.raises(RecipeError, match="expected the folder of an evaluation"):
         run.read_record(tmp_path / "elsewhere")
     (tmp_path / "run.json").write_text("{")

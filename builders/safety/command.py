@@ -19,7 +19,7 @@ from builders.safety.items import Suite
 from builders.safety.judges import check_spec, judges_of
 from builders.safety.methods import BY_DICTIONARY, build, parse_settings
 from builders.safety.report import missing, write_report
-from builders.safety.run import Asking, answer_all, cells_of, jobs_of, judge_all, record, scores_name, thinned
+from builders.safety.run import Asking, answer_all, cells_of, jobs_of, judge_all, judge_facts, record, thinned
 from builders.safety.suites import read_suite
 from daco.dictionary import ConceptDictionary
 from daco.errors import RecipeError
@@ -108,7 +108,7 @@ def evaluate(plan: Evaluation) -> bool:
             model = processor = None  # makes room for the judge's own
             gc.collect()
         for judge in judges_of(spec, **_judging(plan), model=model, processor=processor):
-            told.append({"name": judge.name, "figure": judge.figure, "folder": scores_name(judge)})
+            told.append(judge_facts(judge, cells))
             judge_all(plan.out, judge, jobs)
             record(plan.out, cells, told, facts)
     if missing(plan.out):

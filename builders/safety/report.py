@@ -101,7 +101,7 @@ def summary(out: Path) -> dict[str, Any]:
     """
     if absent := missing(out):
         raise RecipeError(
-            f"expected answers to every item, got {absent[0]}"
+            f"expected answers to every item and verdicts on them, got {absent[0]}"
             + (f" and {len(absent) - 1} more such" if absent[1:] else "")
             + "; run the same command again (or the other parts) to go on"
         )
@@ -117,15 +117,21 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def missing(out: Path) -> list[str]:
-    """What is not answered yet: a line a suite and method, with how many of how many items are."""
+    """What is not answered or judged yet, a line a suite and method."""
     record = read_record(out)
     found = []
     for cell in record["cells"]:
+        where = Path(cell["suite"], cell["cell"])
         expected = record["suites"][cell["suite"]]["items"]
-        paths = shard_files(out / "answers" / cell["suite"] / cell["cell"])
-        got = sum(pq.read_metadata(path).num_rows for path in paths)
+        answered = list(shard_files(out / "answers" / where))
+        got = sum(pq.read_metadata(path).num_rows for path in answered)
         if got != expected:
-            found.append(f"{cell['suite']} under {cell['method']}: {got} of {expected} items")
+            found.append(f"{cell['suite']} under {cell['method']}: {got} of {expected} items answered")
+        for judge in record["judges"]:
+            judged = len(list(shard_files(out / "scores" / judge["folder"] / where)))
+            if cell["suite"] in judge["suites"] and judged < len(answered):
+                told = f"{judged} of {len(answered)} shards judged by {judge['name']}"
+                found.append(f"{cell['suite']} under {cell['method']}: {told}")
     return found
 
 

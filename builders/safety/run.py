@@ -269,13 +269,26 @@ def scores_name(judge: Judge) -> str:
     return f"{slug(judge.name)}-{judge.figure}-{digest(judge.digest)}"
 
 
+def suites_of(judge: Judge, cells: Sequence[Cell]) -> list[str]:
+    """Names of the suites that have an item for a judge."""
+    suites = {cell.suite.name: cell.suite for cell in cells}
+    return [name for name, suite in suites.items() if any(judge.judges(item) for item in suite.items)]
+
+
+def judge_facts(judge: Judge, cells: Sequence[Cell]) -> dict[str, Any]:
+    """A judge as `run.json` names it."""
+    told = {"name": judge.name, "figure": judge.figure, "folder": scores_name(judge)}
+    return told | {"suites": suites_of(judge, cells)}
+
+
 def judge_all(out: Path, judge: Judge, jobs: Sequence[Job]) -> None:
     """Have a judge look at the answers that are there and that it has not seen.
 
     Raises:
         DiskError: there is no room.
     """
-    mine = [job for job in jobs if any(judge.judges(item) for item in job.items)]
+    suites = suites_of(judge, [job.cell for job in jobs])
+    mine = [job for job in jobs if job.cell.suite.name in suites]
     todo = [job for job in mine if not _scores_file(out, judge, job).is_file()]
     with _progress(len(mine), len(mine) - len(todo), f"judged by {judge.name}") as bar:
         for job in todo:
@@ -309,7 +322,7 @@ def record(out: Path, cells: Sequence[Cell], judges: Sequence[dict[str, str]], f
     Args:
         out: The folder; made when missing.
         cells: Of `cells_of`.
-        judges: `name`, `figure` and `folder` of each.
+        judges: Of `judge_facts`.
         facts: Of the protocol: model, decoding, what the methods are made from.
     """
     suites = {
