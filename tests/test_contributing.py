@@ -30,7 +30,7 @@ def collected_from(file: str) -> set[str]:
 
 
 def sources() -> str:
-    return "\n".join(path.read_text("utf-8") for path in (ROOT / "builders").glob("*.py"))
+    return "\n".join(path.read_text("utf-8") for path in (ROOT / "builders").rglob("*.py"))
 
 
 def test_the_table_is_there() -> None:
