@@ -118,7 +118,7 @@ class SAESteering:
         return self.gamma > 0 and len(self._desirable[layer]) > 0
 
     def notes(self) -> list[str]:
-        """Layers that are not steered or shifted, agreement of the threshold form, where names were looked up."""
+        """Layers that are not steered or shifted; how the threshold form agrees; where names were sought."""
         rows_only = any(found.labelled_at is not None for found in self._saes.values())
         among = ["names were looked up among the labelled atoms alone (steering_only)"]
         return [
