@@ -2,10 +2,12 @@
 
 Outcomes are a matrix, one row a run (another seed, another draw), one column an item; the columns of two
 methods are the same items. Items and runs are drawn with replacement, both together, so that an interval
-holds for other items *and* for other seeds.
+holds for other items *and* for other seeds. Where items belong to groups, the mean is that of the groups'
+means, and items are drawn within their groups.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,9 @@ SAMPLES = 2_000
 Z = 1.959964
 """Standard normal quantile of a 95 % interval."""
 
+_DRAWN = 4_000_000
+"""Numbers drawn at once: all of them would need gigabytes for the largest suites."""
+
 
 class Interval(NamedTuple):
     """A mean with its 95 % interval."""
@@ -25,40 +30,61 @@ class Interval(NamedTuple):
     high: float
 
 
-def interval(outcomes: np.ndarray, seed: int = 0) -> Interval:
+def interval(outcomes: np.ndarray, seed: int = 0, groups: Sequence[str] | None = None) -> Interval:
     """Mean of outcomes [runs, items] and its percentile interval.
 
     Args:
         outcomes: Rates are means of zeros and ones; differences of -1, 0 and 1.
         seed: Of the bootstrap.
+        groups: One an item, each group counts alike; None: each item counts alike.
 
     Raises:
-        ValueError: not two-dimensional, or empty.
+        ValueError: not two-dimensional, or empty, or groups of other items.
     """
     if outcomes.ndim != 2 or not outcomes.size:
         raise ValueError(f"outcomes: expected [runs, items], got {list(outcomes.shape)}")
-    means = _bootstrap(outcomes.astype(float), np.random.default_rng(seed))
+    values = outcomes.astype(float)
+    parts = [values] if groups is None else [values[:, columns] for columns in _members(values, groups)]
+    means = _bootstrap(parts, np.random.default_rng(seed))
     low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(outcomes.mean()), float(low), float(high))
+    return Interval(float(np.mean([part.mean() for part in parts])), float(low), float(high))
 
 
-def rate(outcomes: np.ndarray, seed: int = 0) -> Interval:
+def rate(outcomes: np.ndarray, seed: int = 0, groups: Sequence[str] | None = None) -> Interval:
     """Mean of zeros and ones [runs, items] with an interval that is never empty.
 
-    The hull of the bootstrap's interval and of Wilson's for the number of items: where all outcomes are the
-    same, every bootstrap sample is too, and would claim certainty.
+    Of one run without groups it is Wilson's interval for the number of items. Of several it is the hull of
+    that and the bootstrap's: they vary too, but where all outcomes are alike, every bootstrap sample is, and
+    would claim certainty.
+
+    Args:
+        outcomes: Zeros and ones.
+        seed: Of the bootstrap.
+        groups: One an item, each group counts alike; None: each item counts alike.
+
+    Source: Wilson 1927; Brown, Cai and DasGupta, Statistical Science 16 (2001).
     """
-    mean, low, high = interval(outcomes, seed)
-    least, most = _wilson(mean, outcomes.shape[1])
+    mean, low, high = interval(outcomes, seed, groups)
+    least, most = _wilson(mean, _effective(outcomes, groups))
+    if len(outcomes) == 1 and groups is None:
+        return Interval(mean, least, most)
     return Interval(mean, min(low, least), max(high, most))
 
 
-def paired(outcomes: np.ndarray, against: np.ndarray, seed: int = 0) -> Interval:
+def paired(
+    outcomes: np.ndarray, against: np.ndarray, seed: int = 0, groups: Sequence[str] | None = None
+) -> Interval:
     """Mean difference to the same items under another method, `[runs, items]` each.
 
     Where one of the two has a single run (no steering has no seeds), it stands against every run. Of shares
     (nothing below 0 or above 1) the interval is the hull of the bootstrap's and of one that is never empty:
     where all items change alike, or none does, every bootstrap sample is the same and would claim certainty.
+
+    Args:
+        outcomes: Of the method.
+        against: Of the other one.
+        seed: Of the bootstrap.
+        groups: One an item, each group counts alike; None: each item counts alike.
 
     Raises:
         ValueError: the items differ in number.
@@ -69,27 +95,73 @@ def paired(outcomes: np.ndarray, against: np.ndarray, seed: int = 0) -> Interval
     if outcomes.shape[-1] != against.shape[-1]:
         raise ValueError(f"expected the same items, got {outcomes.shape[-1]} and {against.shape[-1]}")
     differences = outcomes.astype(float) - against.astype(float)
-    found = interval(differences, seed)
+    found = interval(differences, seed, groups)
     if min(outcomes.min(), against.min()) < 0 or max(outcomes.max(), against.max()) > 1:
         return found
-    n = differences.shape[1]
-    rise, fall = (float(np.maximum(sign * differences, 0).mean()) for sign in (1, -1))
+    n = _effective(differences, groups)
+    weights = _weights(differences, groups)
+    rise, fall = (float((np.maximum(sign * differences, 0) @ weights).mean()) for sign in (1, -1))
     (rise_low, rise_high), (fall_low, fall_high) = _wilson(rise, n), _wilson(fall, n)
     low = found.mean - math.hypot(rise - rise_low, fall_high - fall)
     high = found.mean + math.hypot(rise_high - rise, fall - fall_low)
     return Interval(found.mean, max(-1.0, min(found.low, low)), min(1.0, max(found.high, high)))
 
 
-def _wilson(share: float, n: int) -> tuple[float, float]:
+def _wilson(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `n` items."""
     spread = Z * math.sqrt(max(0.0, share * (1 - share)) / n + Z**2 / (4 * n**2))
     centre, scale = share + Z**2 / (2 * n), 1 + Z**2 / n
     return (centre - spread) / scale, (centre + spread) / scale
 
 
-def _bootstrap(outcomes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Means of samples, [SAMPLES]; how often each row and column was drawn is all that matters."""
-    runs, items = outcomes.shape
+def _members(outcomes: np.ndarray, groups: Sequence[str]) -> list[np.ndarray]:
+    """Columns of each group, in the order of their names."""
+    names = np.asarray(groups)
+    if names.shape != outcomes.shape[1:]:
+        raise ValueError(f"groups: expected one an item, {outcomes.shape[1]}, got {len(names)}")
+    return [np.flatnonzero(names == name) for name in np.unique(names)]
+
+
+def _weights(outcomes: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
+    """What each item counts in the mean, [items]; sums to 1."""
+    items = outcomes.shape[1]
+    found = np.full(items, 1 / items)
+    members = [] if groups is None else _members(outcomes, groups)
+    for columns in members:
+        found[columns] = 1 / (len(columns) * len(members))
+    return found
+
+
+def _effective(outcomes: np.ndarray, groups: Sequence[str] | None) -> float:
+    """How many items that count alike say as much: fewer than there are where groups differ in size."""
+    if groups is None:
+        return float(outcomes.shape[1])
+    return float(1 / (_weights(outcomes, groups) ** 2).sum())
+
+
+def _bootstrap(parts: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Means of samples, [SAMPLES], of the means of groups [runs, items of the group].
+
+    How often each row and column was drawn is all that matters. Of each of several groups one item less is
+    drawn than it has, else samples of small groups vary too little (Rao and Wu, JASA 83, 1988).
+    """
+    runs = len(parts[0])
     rows = rng.multinomial(runs, np.full(runs, 1 / runs), SAMPLES) / runs
-    columns = rng.multinomial(items, np.full(items, 1 / items), SAMPLES) / items
-    return np.einsum("sr,ri,si->s", rows, outcomes, columns, optimize=True)
+    less = int(len(parts) > 1)
+    means = [_means(part, rows, max(1, part.shape[1] - less), rng) for part in parts]
+    return np.mean(means, axis=0)
+
+
+def _means(outcomes: np.ndarray, rows: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of samples of `n` items of one group, [SAMPLES], whose rows were drawn already.
+
+    Columns that are alike are drawn as one: of zeros and ones there are few kinds, and many items.
+    """
+    kinds, counts = np.unique(outcomes, axis=1, return_counts=True)
+    at_once = max(1, _DRAWN // len(counts))
+    found = []
+    for start in range(0, SAMPLES, at_once):
+        some = rows[start : start + at_once]
+        columns = rng.multinomial(n, counts / counts.sum(), len(some)) / n
+        found.append(np.einsum("sr,ri,si->s", some, kinds, columns, optimize=True))
+    return np.concatenate(found)

@@ -1,5 +1,7 @@
 """Intervals cover the truth about as often as they say, and differences are paired item by item."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -84,3 +86,119 @@ def test_other_items_are_refused() -> None:
         paired(np.zeros((1, 4)), np.zeros((1, 5)))
     with pytest.raises(ValueError, match=r"expected \[runs, items\], got \[3\]"):
         interval(np.zeros(3))
+
+
+# Coverage: how many of the data sets that chance makes have an interval that holds the truth.
+
+
+@pytest.mark.parametrize("n", [50, 300])
+@pytest.mark.parametrize("truth", [0.02, 0.1, 0.5, 0.9])
+def test_intervals_of_rates_cover(n: int, truth: float) -> None:
+    """Of every data set that there can be, weighted by how likely it is: no luck is in this."""
+    covered = 0.0
+    for count in range(n + 1):
+        found = rate((np.arange(n) < count)[None].astype(float))
+        likely = math.comb(n, count) * truth**count * (1 - truth) ** (n - count)
+        covered += likely * (found.low <= truth <= found.high)
+    assert 0.92 <= covered <= 0.98
+
+
+@pytest.mark.parametrize("n", [50, 300])
+@pytest.mark.parametrize("truth", [0.02, 0.5])
+def test_intervals_of_simulated_rates_cover(n: int, truth: float) -> None:
+    draw = np.random.default_rng(n)
+    held = 0
+    for number in range(600):
+        found = rate((draw.random((1, n)) < truth).astype(float), number)
+        held += found.low <= truth <= found.high
+    assert 0.92 <= held / 600 <= 0.98
+
+
+def two_methods(
+    draw: np.random.Generator, n: int, none: float, other: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Answers of two methods to the same items; what is hard for one mostly is for the other."""
+    shared = draw.random((1, n))
+    own = np.where(draw.random((1, n)) < 0.6, shared, draw.random((1, n)))
+    return (own < other).astype(float), (shared < none).astype(float)
+
+
+@pytest.mark.parametrize("n", [50, 300])
+@pytest.mark.parametrize(
+    ("none", "other"), [(0.5, 0.5), (0.5, 0.02), (0.5, 0.4), (0.1, 0.02), (0.9, 0.5), (0.02, 0.02)]
+)
+def test_intervals_of_simulated_differences_cover(n: int, none: float, other: float) -> None:
+    draw = np.random.default_rng(n + round(100 * other))
+    held, changed = 0, 0.0
+    for number in range(400):
+        method, plain = two_methods(draw, n, none, other)
+        found = paired(method, plain, number)
+        held += found.low <= other - none <= found.high
+        changed += np.abs(method - plain).sum() / 400
+    assert held / 400 >= 0.92
+    # of less than three items that change, as with rates of .02, no interval covers as seldom as it may
+    assert held / 400 <= 0.98 or changed < 3
+
+
+def test_intervals_of_means_of_groups_cover() -> None:
+    sizes, rates = (60, 20, 40, 30), (0.2, 0.6, 0.4, 0.5)
+    groups = [name for name, size in zip("abcd", sizes, strict=True) for _ in range(size)]
+    chance = np.repeat(rates, sizes)
+    draw = np.random.default_rng(7)
+    held, apart = 0, 0
+    for number in range(400):
+        plain, method = ((draw.random((1, 150)) < p).astype(float) for p in (chance, chance / 2))
+        found, difference = rate(plain, number, groups), paired(method, plain, number, groups)
+        held += found.low <= np.mean(rates) <= found.high
+        apart += difference.low <= -np.mean(rates) / 2 <= difference.high
+    assert 0.92 <= held / 400 <= 0.985  # Wilson's part knows nothing of rates that differ between groups
+    assert 0.92 <= apart / 400 <= 0.985
+
+
+# Groups.
+
+
+def test_each_group_counts_alike() -> None:
+    outcomes = np.array([[1, 1, 1, 1, 1, 1, 0, 0, 1, 0]], dtype=float)
+    groups = ["a"] * 6 + ["b"] * 2 + ["c"] * 2
+    found = rate(outcomes, 0, groups)
+    assert found.mean == pytest.approx((1 + 0 + 0.5) / 3)
+    assert found.low < found.mean < found.high
+    assert paired(outcomes, np.zeros((1, 10)), 0, groups).mean == pytest.approx(found.mean)
+    order = np.random.default_rng(0).permutation(10)
+    again = rate(outcomes[:, order], 0, [groups[i] for i in order])
+    assert again == pytest.approx(found)
+    one = ["a"] * 10
+    assert interval(outcomes, 3, one) == interval(outcomes, 3)
+
+
+def test_groups_that_agree_within_narrow_the_interval() -> None:
+    outcomes = np.repeat([[0.0, 1.0]], 100, axis=1)
+    groups = ["a", "b"] * 100
+    groups_are_sure = interval(outcomes, 0, ["a"] * 100 + ["b"] * 100)
+    assert groups_are_sure == pytest.approx((0.5, 0.5, 0.5))
+    assert interval(outcomes, 0, groups).high > 0.55
+
+
+def test_groups_of_other_items_are_refused() -> None:
+    with pytest.raises(ValueError, match="groups: expected one an item, 4, got 3"):
+        rate(np.zeros((1, 4)), 0, ["a", "b", "c"])
+
+
+def test_a_large_suite_is_drawn_in_parts_as_if_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = (np.random.default_rng(5).random((2, 90)) < 0.4).astype(float)
+    whole = interval(outcomes, 1)
+    monkeypatch.setattr("builders.statistics._DRAWN", 90 * 7)
+    assert interval(outcomes, 1) == whole
+
+
+def test_the_same_seed_gives_the_same_table() -> None:
+    draw = np.random.default_rng(6)
+    outcomes, against = ((draw.random((3, 200)) < p).astype(float) for p in (0.3, 0.5))
+    groups = ["a", "b"] * 100
+
+    def table(seed: int) -> list[object]:
+        return [rate(outcomes, seed, groups), paired(outcomes, against, seed), interval(against, seed)]
+
+    assert table(3) == table(3)
+    assert table(3) != table(4)
