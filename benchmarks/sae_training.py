@@ -193,12 +193,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=0, help="tokens a step; 0: the shape's")
     parser.add_argument("--steps", type=int, default=1, help="steps of each contender a turn")
+    parser.add_argument("--rate", type=float, default=RATE, help="of Adam, where it is what learns")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     pythons = {"main": sys.executable, "saelens": arguments.saelens, "sparsify": arguments.sparsify}
     wanted = arguments.only.split(";") if arguments.only else list(CONTENDERS)
     names = [name for name in wanted if pythons[CONTENDERS[name][0]]]
-    shape = SHAPES[arguments.shape] | {"threads": arguments.threads, "rate": RATE, "held_out": HELD_OUT}
+    shape = SHAPES[arguments.shape] | {
+        "threads": arguments.threads,
+        "rate": arguments.rate,
+        "held_out": HELD_OUT,
+    }
     shape |= {"device": arguments.device, "steps": arguments.steps}
     shape |= {"batch": arguments.batch} if arguments.batch else {}
     began = time.perf_counter()
