@@ -26,7 +26,7 @@ T, U = TypeVar("T"), TypeVar("U")
 FLOOR = 1e-6
 """Cosines are clamped here before their logarithm is taken."""
 
-MARGIN = {"float32": 16, "bfloat16": 64}
+MARGIN = {"float32": 16, "bfloat16": 80}
 """Stimuli proposed beyond k, by dtype: enough that float64 can nearly always tell the k best."""
 
 PAIRS = 128
@@ -457,7 +457,8 @@ class _Proposer:
     def _single(self, rows: Floats) -> Tensor:
         """Rows in float32, and rows of zeros up to a number divisible by GROUP: no bar lies as low."""
         single = torch.from_numpy(rows).to(self.device).float()
-        return torch.nn.functional.pad(single, (0, 0, 0, -len(single) % GROUP))
+        missing = -len(single) % GROUP
+        return torch.nn.functional.pad(single, (0, 0, 0, missing)) if missing else single
 
     def _score_block(self, rows: Tensor, sides: list[Tensor]) -> None:
         def score(tile: slice) -> None:
@@ -491,17 +492,19 @@ class _Proposer:
 
         Two negative cosines have a product that looks good: looked at again where it is above the bar.
         """
-        grouped, bar = product.unflatten(1, (GROUP, -1)), self.bar[tile][:, None]
-        bits = grouped.view(INTEGERS[product.dtype])
-        who, group = torch.nonzero(bits.amax(1) > _bits(bar, product.dtype), as_tuple=True)
-        if len(who) * 4 > len(product) * self.room:
+        grouped, bar = product.unflatten(1, (GROUP, -1)), self.bar[tile]
+        largest = grouped.view(INTEGERS[product.dtype]).amax(1)
+        who, group = _true(largest > _bits(bar, product.dtype)[:, None])
+        if len(who) * 8 > len(product) * self.room:
             self._merge_best(tile, product, text, rows)
             return
         values = grouped[who, :, group]
-        hit, place = torch.nonzero(values > bar[who], as_tuple=True)
+        hit, place = _true(values > bar[who, None])
         who, columns, values = who[hit], place * grouped.shape[2] + group[hit], values[hit, place].float()
         sound = text[who, columns] > 0
-        if not self._append(tile, who[sound], rows[columns[sound]], values[sound]):
+        if not bool(sound.all()):
+            who, columns, values = who[sound], columns[sound], values[sound]
+        if not self._append(tile, who, rows[columns], values):
             self._merge_best(tile, product, text, rows)
 
     def _append(self, tile: slice, who: Tensor, columns: Tensor, values: Tensor) -> bool:
@@ -584,18 +587,19 @@ class _Proposer:
     def _far(self, tile: slice, product: Floats, draws: Sequence[Ints], n: int) -> list[Ints]:
         """The first n draws of each query whose exact closeness is in the farther half of the pool."""
         half = product.shape[1] // 2
-        far = []
-        queries = self.single[tile].cpu().numpy()
+        queries, far = self.single[tile].cpu().numpy(), []
         for query, values, tried in zip(queries, product, draws, strict=True):
             middle = max(float(np.partition(values, len(values) - half - 1)[len(values) - half - 1]), 0.0)
             doubt = 2.1 * self.error.single(middle)
             between = np.float32(middle - doubt), np.float32(middle + doubt)
-            drawn = np.maximum(values[tried], 0)  # below 0 is where a caption's cosine is clamped
-            sure, unsure = drawn < between[0], (drawn >= between[0]) & (drawn <= between[1])
+            drawn = np.maximum(values[tried[: 4 * n]], 0)  # below 0 is where a caption's cosine is clamped
+            sure = drawn < between[0]
             last = int(np.searchsorted(np.cumsum(sure), n)) + 1  # draws beyond are not needed
-            if unsure[:last].any():
-                sure = self._far_exactly(query, np.maximum(values, 0), between, half)[tried]
-            far.append(self.pool[tried[sure][:n]])
+            if last > len(drawn) < len(tried) or (drawn[:last] <= between[1]).sum() > sure[:last].sum():
+                exactly = self._far_exactly(query, np.maximum(values, 0), between, half)
+                far.append(self.pool[tried[exactly[tried]][:n]])
+            else:
+                far.append(self.pool[tried[: len(sure)][sure][:n]])
         return far
 
     def _far_exactly(
@@ -610,6 +614,16 @@ class _Proposer:
         n_near = half - int(near.sum())
         far[unsure[order[n_near:]]] = True
         return far
+
+
+def _true(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, column) of what is true; numpy finds a few among many sooner than torch."""
+    if mask.device.type != "cpu":
+        rows, columns = torch.nonzero(mask, as_tuple=True)
+        return rows, columns
+    places = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    rows = torch.div(places, mask.shape[1], rounding_mode="floor")
+    return rows, places - rows * mask.shape[1]
 
 
 def _bits(bar: Tensor, dtype: torch.dtype) -> Tensor:
