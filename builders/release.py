@@ -62,6 +62,7 @@ TEXT_ROWS = 100_000
 
 PACKAGES = (
     "datasets",
+    "matplotlib",
     "numpy",
     "pandas",
     "pillow",

@@ -52,6 +52,19 @@ def py(value: object) -> str:
     return json.dumps(one_line(value), ensure_ascii=False)
 
 
+def output(text: str) -> str:
+    """What a program printed, as a block of text that nothing in it can end."""
+    lines = [
+        "".join(
+            c for c in line if c not in _BIDI and (c == "\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+        )
+        for line in text.splitlines()
+    ]
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([f"Prints:\n\n{fence}text", *(line.rstrip() for line in lines), fence])
+
+
 def bib(text: object) -> str:
     """`text` inside the braces of a BibTeX field."""
     return re.sub(r"[{}\\]", "", one_line(text)).replace("`", "'")

@@ -7,8 +7,9 @@ Names and permissions come from the manifest's `recipe.release` (org, dataset, m
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
+from cards.album import PICTURES
 from cards.escape import one_line
-from cards.tuning import TUNING, tuning_facts
+from cards.suites import SECTIONS, model_index, suite_facts
+from cards.tuning import TUNING, chosen_results, tuning_facts
 from daco.errors import FormatError, IntegrityError
 from daco.manifest import read_manifest
 from daco.sae_files import validate_config
@@ -138,6 +141,9 @@ def _common(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "licence": str(release.get("licence", "")),
         "contact": release.get("contact", ""),
         "limits": list(release.get("limits", ())),
+        "new_version": str(release.get("new_version", "")),
+        "outputs": {one["code"]: one["output"] for one in release.get("quick_start", ())},
+        "pictures": [name for name in PICTURES if name in manifest["files"]],
         "files": [
             _file(folder, path, entry) for path, entry in sorted(manifest["files"].items()) if path != CARD
         ],
@@ -149,20 +155,35 @@ def _common(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _file(folder: Path, path: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    table, tensors = "", {}
+    rows, shapes, types = None, [], []
     if path.endswith(".parquet"):
         facts = pq.read_metadata(folder / path)
-        table = f"{facts.num_rows:,} rows × {len(facts.schema.to_arrow_schema())} columns"
+        schema = facts.schema.to_arrow_schema()
+        rows, shapes = facts.num_rows, [("", f"{facts.num_rows}×{len(schema)}")]
+        types = [_type(field.type) for field in schema]
     elif path.endswith(".safetensors"):
-        tensors = _shapes(folder / path)
-    return {"path": path, "table": table, "tensors": tensors} | {
-        key: entry[key] for key in ("bytes", "sha256")
-    }
+        shapes, types = _tensors(folder / path)
+    found = {"path": path, "rows": rows, "shapes": shapes, "types": sorted(set(types))}
+    return found | {key: entry[key] for key in ("bytes", "sha256")}
 
 
-def _shapes(path: Path) -> dict[str, str]:
+def _tensors(path: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """(name, shape) of every tensor, and the dtypes of all."""
     with safe_open(path, "numpy") as file:
-        return {name: "×".join(map(str, file.get_slice(name).get_shape())) for name in sorted(file.keys())}
+        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+        shapes = [(name, "×".join(map(str, one.get_shape()))) for name, one in slices.items()]
+        return shapes, [str(one.get_dtype()) for one in slices.values()]
+
+
+def _type(kind: pa.DataType) -> str:
+    """A column's type as people write it: a vector of 32 is `float[32]`."""
+    if pa.types.is_fixed_size_list(kind):
+        return f"{_type(kind.value_type)}[{kind.list_size}]"
+    if pa.types.is_list(kind):
+        return f"list of {_type(kind.value_type)}"
+    if pa.types.is_struct(kind):
+        return "image" if {field.name for field in kind} == {"bytes", "path"} else "struct"
+    return "float32" if pa.types.is_float32(kind) else str(kind)
 
 
 def _counts(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -190,7 +211,7 @@ def _dataset(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]
         "polarities": _value_counts(folder, manifest, "concepts", "polarity"),
         "roles": _value_counts(folder, manifest, "links", "role"),
         "samples": _sample_concepts(folder, manifest),
-        "metadata": _dataset_metadata(manifest, facts),
+        "metadata": _dataset_metadata(folder, manifest, facts),
     }
 
 
@@ -247,7 +268,7 @@ def _sample_concepts(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str
     return [row for rows in taken.values() for row in rows]
 
 
-def _dataset_metadata(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _dataset_metadata(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """YAML of a dataset card. No features: those of vectors do not survive YAML, the parquet has them."""
     configs = []
     for name in _config_order(manifest["configs"]):
@@ -265,7 +286,33 @@ def _dataset_metadata(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> 
         "language": ["en"],
         "tags": ["daco", "multimodal", "concepts", "activation-steering", "interpretability", "safety"],
         "size_categories": [next((name for limit, name in _SIZES if rows < limit), "n>10M")],
+        "dataset_info": [
+            _dataset_info(folder, manifest, name) for name in _config_order(manifest["configs"])
+        ],
         "configs": configs,
+    }
+
+
+def _dataset_info(folder: Path, manifest: Mapping[str, Any], config: str) -> dict[str, Any]:
+    """What `datasets` knows of a config before it reads it: from its parquet files.
+
+    Features of configs with vectors are left to the parquet schema: they do not survive YAML.
+    """
+    splits, info = [], {"config_name": config}
+    parts = sorted(manifest["configs"][config]["splits"].items(), key=_split_key)
+    for split, part in parts:
+        read = [pq.read_metadata(folder / name) for name in part["files"]]
+        stored = sum(one.row_group(i).total_byte_size for one in read for i in range(one.num_row_groups))
+        splits.append({"name": split, "num_bytes": stored, "num_examples": sum(one.num_rows for one in read)})
+    schema = pq.read_schema(folder / parts[0][1]["files"][0])
+    features = [{"name": field.name, "dtype": _type(field.type)} for field in schema]
+    if not any("[" in one["dtype"] or " " in one["dtype"] for one in features):
+        info["features"] = features
+    files = [name for _, part in parts for name in part["files"]]
+    return info | {
+        "splits": splits,
+        "download_size": sum(manifest["files"][name]["bytes"] for name in files),
+        "dataset_size": sum(one["num_bytes"] for one in splits),
     }
 
 
@@ -283,6 +330,7 @@ def _model(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) 
     validate_config(config)
     layers = [_layer(folder, layer) for layer in config.get("layers", ())]
     evaluation = _json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
+    tuning = _json(folder / TUNING) if (folder / TUNING).is_file() else {}
     base = {key: config.get("base_model", {}).get(key) for key in BASE_KEYS}
     return {
         "base": base,
@@ -294,9 +342,10 @@ def _model(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) 
         "training": scalars(config.get("training", {})),
         "steering": scalars(config.get("steering", {})),
         "layers": layers,
-        "evaluation": tables_of(evaluation),
-        "tuning": tuning_facts(_json(folder / TUNING)) if (folder / TUNING).is_file() else {},
-        "metadata": _model_metadata(config, facts),
+        "evaluation": tables_of({k: v for k, v in evaluation.items() if k not in SECTIONS}),
+        "safety": suite_facts(evaluation),
+        "tuning": tuning_facts(tuning) if tuning else {},
+        "metadata": _model_metadata(config, facts, evaluation, tuning),
     }
 
 
@@ -346,7 +395,12 @@ def _sample_atoms(atoms: Any, polarity: str) -> list[dict[str, Any]]:
     ]
 
 
-def _model_metadata(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _model_metadata(
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    tuning: Mapping[str, Any],
+) -> dict[str, Any]:
     base, dictionary = config.get("base_model", {}).get("id"), config.get("dictionary", {}).get("dataset")
     metadata: dict[str, Any] = _licence_metadata(facts["licence"])
     if is_hub_id(base):
@@ -355,7 +409,30 @@ def _model_metadata(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict
     if is_hub_id(dictionary):
         metadata["datasets"] = [dictionary]
     tags = ["daco", "sparse-autoencoder", "saelens", "activation-steering", "interpretability", "safety"]
-    return metadata | {"tags": tags}
+    if is_hub_id(facts["new_version"]):
+        metadata["new_version"] = facts["new_version"]
+    results = [one for entry in model_index(evaluation, facts["name"]) for one in entry["results"]]
+    results += [*_reconstruction(evaluation), *chosen_results(tuning)]
+    index = {"model-index": [{"name": facts["name"], "results": results}]} if results else {}
+    return metadata | {"tags": tags} | index
+
+
+def _reconstruction(evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """How well the SAE of each layer reconstructs, as entries of the `model-index`."""
+    for section in ("sae", "layers"):
+        for layer, row in evaluation.get(section, {}).items():
+            if not isinstance(row, Mapping) or not _is_figure(row.get("fve")):
+                continue
+            n = f" (n = {row['n_tokens']:,})" if isinstance(row.get("n_tokens"), int) else ""
+            yield {
+                "task": {"type": "feature-extraction", "name": f"Reconstruction, layer {one_line(layer)}"},
+                "dataset": {"type": "held-out", "name": f"Held-out tokens{n}"},
+                "metrics": [{"type": "fve", "name": "Variance explained", "value": row["fve"]}],
+            }
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def scalars(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Renders the card of a release folder: facts through escaping filters into a template, metadata as YAML."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -24,7 +25,27 @@ def fill(template: str, facts: Mapping[str, Any]) -> str:
     """A card from a template of this room; `facts["metadata"]` becomes its front matter."""
     front_matter = f"---\n{escape.yaml_metadata(facts['metadata'])}---\n"
     text = _environment().get_template(template).render(facts)
-    return front_matter + "\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return front_matter + "\n" + with_outputs(text, facts.get("outputs", {}))
+
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+"""A block of code in a card; its text is the group."""
+
+
+def with_outputs(text: str, outputs: Mapping[str, str]) -> str:
+    """A card with what its blocks of code printed below them, where that is known of this very code.
+
+    Args:
+        text: The card.
+        outputs: sha256 of a block's code -> what it printed.
+    """
+
+    def shown(block: re.Match[str]) -> str:
+        digest = hashlib.sha256(block[1].encode()).hexdigest()
+        return f"{block[0]}\n\n{escape.output(outputs[digest])}" if outputs.get(digest) else block[0]
+
+    return BLOCK.sub(shown, text)
 
 
 @cache

@@ -59,6 +59,32 @@ def tuning_facts(found: Mapping[str, Any]) -> dict[str, Any]:
         raise _broken(error) from error
 
 
+def chosen_results(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the chosen setting did on the validation items, as an entry of a card's `model-index`.
+
+    Raises:
+        FormatError: it is not what `builders.tune` writes.
+    """
+    if not found:
+        return []
+    try:
+        chosen = next((row for row in found["tried"] if row["setting"] == found["chosen"]), None)
+        if chosen is None:
+            return []
+        metrics = [
+            {"type": name, "name": f"{NOTES[name]} (95 % interval {row['low']:.4g} to {row['high']:.4g})"}
+            | {"value": row["rate"]}
+            for name, row in chosen["figures"].items()
+            if name in NOTES
+        ]
+        n = ", ".join(f"{n:,} {kind}" for kind, n in sorted(found["items"].items()))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _broken(error) from error
+    task = {"type": "image-text-to-text", "name": "Steering at the released setting"}
+    return [{"task": task, "dataset": {"type": "validation", "name": f"Validation items ({n})"}}
+            | {"metrics": metrics}]  # fmt: skip
+
+
 def _facts(found: Mapping[str, Any]) -> dict[str, Any]:
     own = {"recipe": found["default"], "chosen": found["chosen"]}
     shown = [row for row in found["tried"] if row["front"] or row["setting"] in own.values()]

@@ -64,6 +64,10 @@ class ActivationError(DacoError, ValueError):
     """Activations or training numbers are NaN or infinite, or there are none."""
 
 
+class QuickStartError(DacoError, RuntimeError):
+    """The code that a card prints as its quick start does not run, or there is none."""
+
+
 class RefusedError(DacoError, ValueError):
     """A release was refused before anything left this machine; lists every reason."""
 

@@ -1,4 +1,4 @@
-"""Command line of publishing: `python -m hub serve | stage | changes | plan | publish | verify`.
+"""Command line of publishing: `hub stage | try | changes | plan | publish | propose | verify | serve`.
 
 Reads release folders, and the Hub's address and token from huggingface_hub's own settings (`HF_ENDPOINT`,
 `HF_TOKEN`, `hf auth login`); a token is never an argument and never printed.
@@ -17,8 +17,11 @@ from daco.errors import DacoError, RecipeError
 from daco.manifest import MANIFEST, read_manifest
 from hub import publish as publishing
 from hub.changes import changes as find_changes
-from hub.changes import write_changelog, yank
+from hub.changes import supersede, write_changelog, yank
 from hub.local.server import serve as serve_hub
+from hub.plan import Access
+from hub.propose import propose as propose_release
+from hub.quick_start import record
 from hub.remote import Target
 from hub.stage import stage as stage_folder
 from hub.verify import verify as verify_release
@@ -34,6 +37,15 @@ Endpoint = Annotated[str | None, typer.Option(help="Address of the Hub; HF_ENDPO
 Since = Annotated[
     str | None,
     typer.Option(help="Older release (its folder, or org/name@vX.Y.Z): write CHANGELOG.md of the changes."),
+]
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--public", help="Visibility of a repo that is made; --private refuses a public one."
+    ),
+]
+Gated = Annotated[
+    str, typer.Option(help="auto or manual: readers must ask first. Set before anything is sent.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -55,6 +67,7 @@ def serve(
 def stage(
     folder: Folder,
     since: Since = None,
+    superseded_by: Annotated[str, typer.Option(help="org/name of the repo that newer releases are in.")] = "",
     withdrawn: Annotated[
         list[str], typer.Option("--yank", help="VERSION=REASON: an older version that nobody should use.")
     ] = [],  # noqa: B006  typer makes a new one
@@ -63,9 +76,25 @@ def stage(
     for one in withdrawn:
         version, _, reason = one.partition("=")
         yank(folder, version.removeprefix("v"), reason)
+    if superseded_by:
+        supersede(folder, _checked(superseded_by, "--superseded-by"))
     if since is not None:
         print(write_changelog(folder, since))
     stage_folder(folder)
+    print(folder / "README.md")
+
+
+@app.command("try")
+def try_quick_start(
+    folder: Folder,
+    others: Annotated[
+        list[Path], typer.Option("--with", help="Release folders that the code loads too.")
+    ] = [],  # noqa: B006
+    base: Annotated[Path | None, typer.Option(help="Folder of the base model that the code loads.")] = None,
+) -> None:
+    """Run the card's quick start as printed, on a Hub of its own, and put its output into the card."""
+    for output in record(folder, others, base):
+        print(output, end="")
     print(folder / "README.md")
 
 
@@ -81,9 +110,16 @@ def changes(
 
 
 @app.command()
-def plan(folder: Folder, repo: Repo = None, endpoint: Endpoint = None, as_json: Json = False) -> None:
+def plan(
+    folder: Folder,
+    repo: Repo = None,
+    endpoint: Endpoint = None,
+    private: Private = None,
+    gated: Gated = "",
+    as_json: Json = False,
+) -> None:
     """Show what publishing would send, delete or refuse; exit code 1 when it would refuse."""
-    found = publishing.plan(folder, _target(folder, repo, endpoint))
+    found = publishing.plan(folder, _target(folder, repo, endpoint), _access(private, gated))
     print(_json(found.to_json()) if as_json else found)
     if found.refusals:
         raise typer.Exit(1)
@@ -94,11 +130,12 @@ def publish(
     folder: Folder,
     repo: Repo = None,
     endpoint: Endpoint = None,
-    private: Annotated[bool | None, typer.Option(help="Visibility of a repo that is made.")] = None,
+    private: Private = None,
+    gated: Gated = "",
     as_json: Json = False,
 ) -> None:
     """Publish a release folder as one commit and one tag, and read it back; run again to resume."""
-    done = publishing.publish(folder, _target(folder, repo, endpoint), private=private)
+    done = publishing.publish(folder, _target(folder, repo, endpoint), _access(private, gated))
     what = (
         f"sent {done.bytes_sent:,} B" if done.committed else "nothing to do: the tag holds this very content"
     )
@@ -107,6 +144,18 @@ def publish(
         if as_json
         else f"{done.repo_type} {done.repo_id} {done.tag} is commit {done.commit}\n{what}\n{done.url}"
     )
+
+
+@app.command()
+def propose(folder: Folder, repo: Repo = None, endpoint: Endpoint = None, as_json: Json = False) -> None:
+    """Propose a release to a repo of others as one pull request, and read it back; run again to resume.
+
+    Its maintainers merge it and run `publish` on the same folder, which then only tags.
+    """
+    done = propose_release(folder, _target(folder, repo, endpoint))
+    what = f"sent {done.bytes_sent:,} B" if done.committed else "nothing to do: it was open already"
+    where = f"{done.repo_type} {done.repo_id} {done.tag} is proposed in {done.revision}"
+    print(_json(asdict(done)) if as_json else f"{where}, commit {done.commit}\n{what}\n{done.url}")
 
 
 @app.command()
@@ -145,6 +194,12 @@ def _checked(repo: str, where: str) -> str:
             f"{where}: expected a repo `org/name`, got {repo!r}; set release.org or give --repo"
         )
     return repo
+
+
+def _access(private: bool | None, gated: str) -> Access:
+    if gated not in ("", "auto", "manual"):
+        raise typer.BadParameter(f"expected auto or manual, got {gated!r}", param_hint="--gated")
+    return Access(private, gated)
 
 
 def _kind(text: str) -> str:

@@ -163,6 +163,13 @@ def yank(folder: Path, version: str, reason: str) -> None:
     write_manifest(folder, manifest)
 
 
+def supersede(folder: Path, repo: str) -> None:
+    """Write into a release that newer ones are in another repo; the card says so."""
+    manifest = read_manifest(folder)
+    manifest["facts"]["new_version"] = repo
+    write_manifest(folder, manifest)
+
+
 def too_low(version: str, since: str, level: str) -> str:
     """What is wrong with a version after changes of this level; empty where nothing is."""
     least = next_version(since, level)

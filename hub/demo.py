@@ -5,7 +5,6 @@ Hub, loads them back in fresh processes, steers, and writes `OUT/report.html` an
 recipes of other corpora nothing is compared, and the base model is not published.
 """
 
-import re
 import shutil
 import subprocess
 import sys
@@ -24,12 +23,14 @@ from builders.recipe import Recipe, load_recipe, repo_id
 from builders.toyworld import compare as toyworld_compare
 from cards.comparison import printed, read_results, summary
 from cards.facts import CARD
+from cards.render import BLOCK
 from cards.report import report_html
 from cards.toy_llava import EXAMPLE, ITEM
 from daco.manifest import canonical_json, read_manifest, write_atomic
 from hub.base_model import publish_base_model
 from hub.local.server import background, client_env
 from hub.publish import Published, publish
+from hub.quick_start import record
 from hub.remote import Target
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,14 @@ ensure_torchvision()
 runpy.run_path(sys.argv[1])
 """
 """Runs a file as it is, on machines too where torchvision was built for another torch."""
+
+
+QUICK_START_PROVES = (
+    "a fresh process with an empty cache loads the published repos and steers, by the card's own code"
+)
+CLIENT_PROVES = (
+    "the dataset reads the same whole and streamed, and after steering the model is exactly as before"
+)
 
 
 class Base(NamedTuple):
@@ -102,6 +111,8 @@ def publish_all(out: Path, recipe: Recipe, url: str) -> list[dict[str, Any]]:
         target, staged = Target(name, "model", url, LOCAL_TOKEN), out / "base_model"
         published = publish_base_model(Path(recipe.model.id), staged, target, tag)
         repos.append(described(published, [path.stat().st_size for path in staged.iterdir()]))
+        record(out / "release" / "model", base=staged)
+    record(out / "release" / "dataset")
     for kind in ("dataset", "model"):
         folder = out / "release" / kind
         published = publish(folder, Target(repo_id(recipe, kind), kind, url, LOCAL_TOKEN))
@@ -117,21 +128,21 @@ def described(published: Published, sizes: list[int]) -> dict[str, Any]:
 
 
 def run_clients(out: Path, recipe: Recipe, url: str) -> list[dict[str, str]]:
-    """Run what users would run in fresh processes; returns title, code and output of each."""
+    """Run what users would run in fresh processes; returns of each what the report shows."""
     runs = []
     if is_toyworld(recipe):
         code = first_code((out / "release" / "model" / CARD).read_text("utf-8"))
         (out / "quick_start.py").write_text(code, "utf-8")
         output = fresh_process(out, url, "-c", QUICK_START, str((out / "quick_start.py").resolve()))
-        runs.append({"title": "The model card's quick start, as printed", "code": code, "output": output})
-    output = read_back(out, recipe, url)
-    return [*runs, {"title": "A longer client", "code": CLIENT.read_text("utf-8"), "output": output}]
+        runs.append({"title": "The model card's quick start, as printed", "proves": QUICK_START_PROVES}
+                    | {"code": code, "output": output})  # fmt: skip
+    client = {"title": "A longer client", "proves": CLIENT_PROVES, "code": CLIENT.read_text("utf-8")}
+    return [*runs, client | {"output": read_back(out, recipe, url)}]
 
 
 def first_code(card: str) -> str:
     """The first block of Python in a card."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
-    return str(blocks[0])
+    return str(BLOCK.findall(card)[0])
 
 
 def read_back(out: Path, recipe: Recipe, url: str) -> str:

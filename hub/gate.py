@@ -3,23 +3,34 @@
 Reads a staged release folder and loads it as its users will; writes only to a temporary folder.
 """
 
+import csv
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from builders.vision import ensure_torchvision
+from cards.album import EXAMPLES, PICTURES
 from cards.facts import CARD
 from daco.errors import DacoError
 from daco.manifest import MANIFEST, check_file, read_manifest, release_files
+from daco.sae_files import read_config
+from daco.sites import ModelFacts
 from hub.changes import too_low
 from hub.local.card_rules import card_data, check_card
 from hub.plan import Refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from daco import SteeringSAE
 
 EXECUTABLE = (".bin", ".pt", ".pkl", ".pickle", ".pth", ".ckpt", ".npy", ".npz", ".joblib")
 """Suffixes of formats that can run code when they are opened."""
@@ -39,13 +50,41 @@ CARD_KEYS = {
 }
 """Metadata a card must have."""
 
+MORE_CARD_KEYS = {
+    "dataset": ("license_name", "language", "dataset_info"),
+    "model": ("license_name", "base_model", "base_model_relation", "datasets", "model-index", "new_version"),
+}
+"""Further metadata a card may have, and no other: what a Hub reads there changes what it shows and runs."""
+
+SECTIONS = (
+    *("## Files", "## How it was made", "## Numbers", "## Limits and misuse", "## Licence"),
+    *("## Versions", "## Citation"),
+)
+"""Headings that a card must have, in this order."""
+
+PROMPTS = frozenset(
+    (
+        *("behavior", "behaviour", "goal", "instruction", "jailbreak", "message", "messages"),
+        *("prompt", "prompts", "query", "question", "request"),
+    )
+)
+"""Names of columns and fields that hold what somebody asks a model; such texts may be harmful."""
+
+TINY_ATTENTION = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+
 NO_LICENCE = frozenset({"", "-", "?", "n/a", "na", "none", "tbd", "todo", "unknown"})
 """What stands for a licence where there is none; without a licence nothing may be passed on."""
 
 UNREADABLE = (pa.ArrowException, OSError)
 """What pyarrow raises on a damaged parquet file."""
 
-_BINARY = (".safetensors", ".png", ".jpg", ".webp")
+PIXELS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+"""Suffixes of pictures."""
+
+PLOTS = tuple(name for name in PICTURES if name != EXAMPLES)
+"""Pictures that hold nothing of any source."""
+
+_BINARY = (".safetensors", *PIXELS)
 
 
 def check_release(folder: Path) -> list[Refusal]:
@@ -119,15 +158,19 @@ def _licences(manifest: Mapping[str, Any]) -> Iterator[Refusal]:
 def _images(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Refusal]:
     """Pixels may be in `stimuli` only if every source lets them; not known counts as no."""
     forbidding = [s.get("name", "?") for s in manifest["sources"] if s.get("redistribute_images") is not True]
-    if not forbidding or manifest["kind"] != "dataset":
+    if not forbidding:
+        return
+    whose = f"which {', '.join(map(repr, forbidding))} does not let us pass on"
+    for name in manifest["files"]:
+        if name.lower().endswith(PIXELS) and name not in PLOTS:
+            yield Refusal(f"it is a picture, {whose}", name, "leave it out of the release")
+    if manifest["kind"] != "dataset":
         return
     for path in _config_paths(manifest, "stimuli"):
         schema = pq.read_schema(folder / path)
         for field in schema:
             if field.name == "image" or _has_binary(field.type):
-                what = (
-                    f"it holds image bytes, which {', '.join(map(repr, forbidding))} does not let us pass on"
-                )
+                what = f"it holds image bytes, {whose}"
                 fix = "build again without them, or set corpus.redistribute_images if the licence allows it"
                 yield Refusal(what, f"{path}, column {field.name!r}", fix)
 
@@ -154,6 +197,11 @@ def _card(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Refusal]:
     if errors:
         return
     metadata = card_data(text)
+    for key in sorted(set(metadata) - {*CARD_KEYS[kind], *MORE_CARD_KEYS[kind]}):
+        yield Refusal(f"metadata: {key!r} is not among the keys that a release may set", CARD, fix)
+    found = [line for line in text.splitlines() if line in SECTIONS]
+    if found != list(SECTIONS):
+        yield Refusal(f"expected the sections {', '.join(SECTIONS)}, got {', '.join(found)}", CARD, fix)
     yield from (
         Refusal(f"metadata: expected {key!r}, got none", CARD, f"fill in [release] of the recipe and {fix}")
         for key in CARD_KEYS[kind]
@@ -269,11 +317,90 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 def _saes(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Refusal]:
-    """Load the SAEs as users do."""
+    """Load the SAEs as users do, one layer after another, and steer a tiny model of their width with each."""
+    import torch
+
     from daco import SteeringSAE
 
+    where, fix = "config.json and layers.*", "build the release again"
     try:
-        SteeringSAE.from_pretrained(folder)
+        facts = SteeringSAE.from_pretrained(folder, layers=[]).base_model
+        layers = read_config(folder / "config.json")["layers"]
+        model = stand_in(facts)
+        with torch.no_grad():
+            for layer in layers:
+                if problem := _steered(model, SteeringSAE.from_pretrained(folder, layers=[layer]), layer):
+                    yield Refusal(problem, f"layers.{layer}", fix)
     except (DacoError, KeyError, TypeError, ValueError) as error:
         what = f"SteeringSAE.from_pretrained fails on it: {type(error).__name__}: {error}"
-        yield Refusal(what, "config.json and layers.*", "build the release again")
+        yield Refusal(what, where, fix)
+
+
+def stand_in(facts: ModelFacts) -> "PreTrainedModel":
+    """A small random model of the base model's width and depth, under its type's name."""
+    import torch
+
+    ensure_torchvision()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": facts.hidden_size, "num_hidden_layers": facts.n_layers}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(**shape, **TINY_ATTENTION, intermediate_size=8, vocab_size=16, use_cache=False)
+        )
+    model.config.model_type = facts.model_type
+    return model.eval()
+
+
+def _steered(model: "PreTrainedModel", sae: "SteeringSAE", layer: int) -> str:
+    """What is wrong with how these SAEs steer; empty where nothing is."""
+    import torch
+
+    ids = torch.arange(1, 13)[None] % 16
+    before = model(ids).logits
+    options: dict[str, Any] = {"scope": "all", "layers": [layer], "on_empty": "pass", "base_model_ok": True}
+    with sae.steer(model, **options) as run:
+        during = model(ids).logits
+    if not during.isfinite().all():
+        return "steering a tiny model: expected finite logits, got NaN or infinity"
+    if not torch.equal(before, model(ids).logits):
+        return "steering a tiny model: expected the model as before afterwards, got other logits"
+    labelled = sum(sae.layers[layer].labels() != "neutral")
+    if labelled and not run.report().positions:
+        return (
+            f"steering a tiny model: expected {labelled} labelled atoms to steer it, got no position steered"
+        )
+    return ""
+
+
+def prompts_in(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Where a release holds prompts that may be harmful: `file, column 'name'`, or a text file's name.
+
+    None where the manifest's `facts.prompts` or `recipe.release.prompts` says that they are harmless.
+    """
+    said = {**manifest["recipe"].get("release", {}), **manifest["facts"]}.get("prompts")
+    if said == "harmless":
+        return []
+    found = []
+    for name in manifest["files"]:
+        columns = _columns(folder / name)
+        found += [f"{name}, column {column!r}" for column in columns if column.lower() in PROMPTS]
+    return found
+
+
+def _columns(path: Path) -> list[str]:
+    """Names of the columns of a table: parquet, CSV or TSV, or JSON lines."""
+    if path.suffix == ".parquet":
+        return list(pq.read_schema(path).names)
+    if path.suffix not in (".csv", ".tsv", ".jsonl", ".ndjson"):
+        return []
+    with path.open("r", encoding="utf-8", errors="replace") as file:
+        first = file.readline()
+    if path.suffix in (".csv", ".tsv"):
+        return next(csv.reader([first], delimiter="," if path.suffix == ".csv" else "\t"), [])
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return []
+    return list(row) if isinstance(row, dict) else []

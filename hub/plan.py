@@ -30,6 +30,20 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Access:
+    """Who is to see the repo."""
+
+    private: bool | None = None
+    """Whether only its organisation may; None is the Hub's default for a new repo, else as it is."""
+    gated: str = ""
+    """`auto` or `manual`: readers ask first, and are let in at once or by hand; empty leaves it as it is."""
+
+
+AS_IT_IS = Access()
+"""Nothing is asked for."""
+
+
+@dataclass(frozen=True)
 class File:
     """A file of the release, as it lies here."""
 
@@ -67,6 +81,10 @@ class Remote:
     """Tag -> commit."""
     tag_files: Mapping[str, RemoteFile] | None = None
     """Path -> file at the release's tag; None while there is no such tag."""
+    private: bool | None = None
+    """Whether only its organisation sees it; None where that was not asked."""
+    gated: str | None = None
+    """`auto`, `manual`, or empty where everyone may read; None where that was not asked."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,8 @@ class Plan:
     refusals: tuple[Refusal, ...] = ()
     withdraw: Mapping[str, str] = field(default_factory=dict)
     """Tag to be made -> commit: the second tags of withdrawn versions."""
+    gate: str = ""
+    """How the repo is to be gated before anything is sent; empty where it is so, or need not be."""
 
     @property
     def changes(self) -> tuple[Add | Delete, ...]:
@@ -123,7 +143,7 @@ class Plan:
     @property
     def done(self) -> bool:
         """Nothing is left to do."""
-        return self.tagged and not self.refusals and not self.withdraw
+        return self.tagged and not self.refusals and not self.withdraw and not self.gate
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-able facts."""
@@ -137,6 +157,7 @@ class Plan:
             "unchanged": [op.path for op in self.operations if isinstance(op, Unchanged)],
             "tagged": self.tagged,
             "withdraw": sorted(self.withdraw),
+            "gate": self.gate,
             "bytes_to_send": self.bytes_to_send,
             "refusals": [vars(refusal) for refusal in self.refusals],
         }
@@ -147,6 +168,7 @@ class Plan:
         lines += [f"  add      {op.path}  {op.bytes:,} B" for op in self.operations if isinstance(op, Add)]
         lines += [f"  delete   {op.path}" for op in self.operations if isinstance(op, Delete)]
         lines += [f"  tag      {tag} at {commit}" for tag, commit in self.withdraw.items()]
+        lines += [f"  gate     {self.gate}: readers ask first"] if self.gate else []
         unchanged = len(self.operations) - len(self.changes)
         if self.done:
             return "\n".join([*lines[:1], "  nothing to do: the tag holds this very content"])
@@ -162,6 +184,8 @@ def make_plan(
     refusals: Sequence[Refusal] = (),
     since: str = "",
     yanked: Sequence[str] = (),
+    access: Access = AS_IT_IS,
+    prompts: Sequence[str] = (),
 ) -> Plan:
     """Compare a release with its repo.
 
@@ -174,6 +198,8 @@ def make_plan(
         refusals: Those already found offline.
         since: Version that the release's changelog compares it with; empty where it has none.
         yanked: Older versions that the release says are withdrawn.
+        access: Who is to see the repo.
+        prompts: Where the release holds prompts that may be harmful; they need a gated repo.
     """
     tag = f"v{version}"
     tagged = remote.tag_files is not None and not _changes(files, remote.tag_files)
@@ -185,13 +211,18 @@ def make_plan(
             found.append(_too_old(tag, newest))
         elif newest != _numbers(since):
             found.append(_untold(repo_id, newest, since))
+    if access.private and remote.private is False:
+        found.append(_public(repo_id))
+    if prompts and not (access.gated or remote.gated):
+        found.append(_open_prompts(prompts))
+    gate = access.gated if access.gated != (remote.gated or "") else ""
     operations = _operations(files, remote.tag_files if tagged and remote.tag_files else remote.files)
     withdraw = {
         f"{YANKED}{old}": remote.tags[f"v{old}"]
         for old in sorted(yanked)
         if f"v{old}" in remote.tags and f"{YANKED}{old}" not in remote.tags
     }
-    return Plan(repo_id, repo_type, tag, remote.head, operations, tagged, tuple(found), withdraw)
+    return Plan(repo_id, repo_type, tag, remote.head, operations, tagged, tuple(found), withdraw, gate)
 
 
 def _changes(files: Mapping[str, File], there: Mapping[str, RemoteFile]) -> bool:
@@ -231,6 +262,22 @@ def _untold(repo_id: str, newest: tuple[int, ...], since: str) -> Refusal:
         f"expected a changelog since {before}, the newest tag, got {got}",
         "CHANGELOG.md",
         f"run `python -m hub stage FOLDER --since {repo_id}@{before}`, or name that release's folder",
+    )
+
+
+def _public(repo_id: str) -> Refusal:
+    return Refusal(
+        "expected a private repo, got a public one",
+        repo_id,
+        "make it private on its page, or publish without --private",
+    )
+
+
+def _open_prompts(prompts: Sequence[str]) -> Refusal:
+    return Refusal(
+        f"it holds prompts ({', '.join(prompts)}), which leave only to a gated repo, got one open to all",
+        "prompts",
+        'publish with --gated manual, or say release.prompts = "harmless" in the recipe if they are',
     )
 
 

@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 from tqdm import tqdm
 
 from daco.errors import (
@@ -23,15 +24,15 @@ from daco.errors import (
 )
 from daco.manifest import MANIFEST, read_manifest, sha256_file
 from hub import retry
-from hub.gate import check_release
-from hub.plan import Add, File, Plan, Refusal, Remote, make_plan
+from hub.gate import check_release, prompts_in
+from hub.plan import AS_IT_IS, Access, Add, File, Plan, Refusal, Remote, make_plan
 from hub.remote import MAIN, Target, own_bars
 from hub.stage import stage
 from hub.verify import verify
 
-LOOKS = 4
-"""Looks at the repo before one that shows no progress is trouble: to make it, to fill it, to tag what is
-withdrawn, to see it done."""
+LOOKS = 5
+"""Looks at the repo before one that shows no progress is trouble: to make it, to gate it, to fill it, to tag
+what is withdrawn, to see it done."""
 
 CONFLICTS = (409, 412)
 """Statuses that say the repo moved: the tag or repo appeared, or `main` has another head."""
@@ -66,6 +67,8 @@ class Release:
     """Version its changelog compares it with; empty where it has none."""
     yanked: tuple[str, ...] = ()
     """Older versions that it says are withdrawn."""
+    prompts: tuple[str, ...] = ()
+    """Where it holds prompts that may be harmful."""
 
     @classmethod
     def of(cls, folder: Path) -> "Release":
@@ -74,14 +77,21 @@ class Release:
         files = {name: File(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         files[MANIFEST] = File(path.stat().st_size, sha256_file(path))
         since = str(manifest["facts"].get("changes", {}).get("since", ""))
-        return cls(folder, manifest["version"], files, since, tuple(manifest["facts"].get("yanked", {})))
+        yanked = tuple(manifest["facts"].get("yanked", {}))
+        return cls(folder, manifest["version"], files, since, yanked, tuple(prompts_in(folder, manifest)))
 
     @property
     def tag(self) -> str:
         """The tag it is published under."""
         return f"v{self.version}"
 
-    def plan(self, target: Target, remote: Remote, refusals: list[Refusal] | None = None) -> Plan:
+    def plan(
+        self,
+        target: Target,
+        remote: Remote,
+        refusals: list[Refusal] | None = None,
+        access: Access = AS_IT_IS,
+    ) -> Plan:
         """Compare it with what the repo holds."""
         files = {name: self._with_oid(name, remote) for name in self.files}
         return make_plan(
@@ -93,6 +103,8 @@ class Release:
             refusals or (),
             self.since,
             self.yanked,
+            access,
+            self.prompts,
         )
 
     def _with_oid(self, name: str, remote: Remote) -> File:
@@ -110,8 +122,13 @@ def git_oid(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def plan(folder: Path, target: Target) -> Plan:
+def plan(folder: Path, target: Target, access: Access = AS_IT_IS) -> Plan:
     """What publishing this folder would do now; stages it, changes nothing on the Hub.
+
+    Args:
+        folder: A finished release folder.
+        target: Where it would go.
+        access: Who is to see the repo.
 
     Raises:
         FormatError: the manifest breaks the format.
@@ -121,16 +138,16 @@ def plan(folder: Path, target: Target) -> Plan:
     stage(folder)
     refusals = check_release(folder)
     release = Release.of(folder)
-    return release.plan(target, target.look_again(release.tag), refusals)
+    return release.plan(target, target.look_again(release.tag), refusals, access)
 
 
-def publish(folder: Path, target: Target, *, private: bool | None = None) -> Published:
+def publish(folder: Path, target: Target, access: Access = AS_IT_IS) -> Published:
     """Publish a release folder as one commit with one tag; running it again resumes, or finds nothing to do.
 
     Args:
         folder: A finished release folder.
         target: Where it goes.
-        private: Visibility of a repo that is made here; None is the Hub's default.
+        access: Who is to see the repo; it is gated before anything is sent.
 
     Raises:
         RefusedError: the release must not leave; lists why.
@@ -140,31 +157,43 @@ def publish(folder: Path, target: Target, *, private: bool | None = None) -> Pub
         HubUnavailableError: the Hub did not answer within the bounded retries.
         VerificationError: the Hub serves something else than was sent.
     """
-    stage(folder)
-    if refusals := check_release(folder):
-        raise RefusedError(_listed(f"{folder.name} is not published", refusals))
-    release = Release.of(folder)
-    published = send(release, target, private=private)
+    release = checked(folder)
+    published = send(release, target, access)
     commit = verify(target, release.tag, (folder / MANIFEST).read_bytes())
     return replace(published, commit=commit)
 
 
-def send(release: Release, target: Target, *, private: bool | None = None) -> Published:
+def checked(folder: Path) -> Release:
+    """Stage a release folder and see that it may leave.
+
+    Raises:
+        RefusedError: it must not leave; lists why.
+    """
+    stage(folder)
+    if refusals := check_release(folder):
+        raise RefusedError(_listed(f"{folder.name} is not published", refusals))
+    return Release.of(folder)
+
+
+def send(release: Release, target: Target, access: Access = AS_IT_IS) -> Published:
     """Bring files to a repo as one commit with one tag, or see that the tag holds them; see `publish`.
 
     It ends when the Hub lists every file at the tag with the hash of the one here.
     """
-    work = _Work(release, target, private)
+    work = Work(release, target, access)
     work.finish()
     repo, url = (target.repo_id, target.repo_type), f"{target.url}/tree/{release.tag}"
     return Published(*repo, release.tag, work.tagged, url, work.committed, work.bytes_sent)
 
 
-class _Work:
+class Work:
     """One publishing of one release: what is planned, and what was uploaded so far."""
 
-    def __init__(self, release: Release, target: Target, private: bool | None) -> None:
-        self.release, self.target, self.private = release, target, private
+    pull_request = False
+    """Whether the commit waits in a pull request."""
+
+    def __init__(self, release: Release, target: Target, access: Access) -> None:
+        self.release, self.target, self.access = release, target, access
         self.committed, self.bytes_sent = False, 0
         self.tagged = ""  # the commit behind the tag, once there is one
         self.additions: dict[str, CommitOperationAdd] = {}
@@ -177,7 +206,7 @@ class _Work:
                 retry.sleep(retry.wait_seconds(trouble, attempt - 1))
             try:
                 for _ in range(LOOKS):
-                    if (plan := self.look()).done:
+                    if self.done(plan := self.look()):
                         return
                     self.step(plan)
                 trouble = TimeoutError("the repo does not show what was written to it")
@@ -188,6 +217,10 @@ class _Work:
         problem = f"{self.target}: gave up after {retry.ATTEMPTS} tries: {self._told(trouble)}; run it again"
         raise (PublishConflictError if retry.status(trouble) in CONFLICTS else HubUnavailableError)(problem)
 
+    def done(self, plan: Plan) -> bool:
+        """Whether nothing is left to do."""
+        return plan.done
+
     def look(self) -> Plan:
         """The plan for the repo as it is now.
 
@@ -195,29 +228,34 @@ class _Work:
             TagMovedError: the tag is on other content.
             RefusedError: the plan refuses for another reason.
         """
-        remote = self.target.look(self.release.tag)
+        special = self.access != AS_IT_IS or self.release.prompts
+        remote = (self.target.look_all if special else self.target.look)(self.release.tag)
         self.tagged = remote.tags.get(self.release.tag, "")
-        plan = self.release.plan(self.target, remote)
+        plan = self.release.plan(self.target, remote, access=self.access)
         if plan.refusals:
             moved = remote.tag_files is not None and not plan.tagged
             raise (TagMovedError if moved else RefusedError)(_listed(str(self.target), plan.refusals))
         return plan
 
     def step(self, plan: Plan) -> None:
-        """Make the repo, or commit what differs and tag it, or tag what is withdrawn."""
+        """Make the repo, or gate it, or commit what differs and tag it, or tag what is withdrawn."""
         api, repo_id, repo_type = self.target.api, plan.repo_id, plan.repo_type
         if plan.head is None:
-            api.create_repo(repo_id, repo_type=repo_type, private=self.private, exist_ok=True)
+            api.create_repo(repo_id, repo_type=repo_type, private=self.access.private, exist_ok=True)
+            return
+        if plan.gate:
+            gated: Any = plan.gate
+            api.update_repo_settings(repo_id, repo_type=repo_type, gated=gated)
             return
         if plan.tagged:
             for tag, at in plan.withdraw.items():
                 api.create_tag(repo_id, repo_type=repo_type, tag=tag, revision=at)
             return
-        commit = self.commit(plan) if plan.changes else plan.head
+        commit = str(self.commit(plan).oid) if plan.changes else plan.head
         api.create_tag(repo_id, repo_type=repo_type, tag=plan.tag, revision=commit)
 
-    def commit(self, plan: Plan) -> str:
-        """Upload what is new, one file after another, then commit all changes at once; returns the commit."""
+    def commit(self, plan: Plan) -> CommitInfo:
+        """Upload what is new, one file after another, then commit all changes at once."""
         added = [op for op in plan.changes if isinstance(op, Add)]
         self.upload(plan, added)
         operations = [
@@ -228,15 +266,15 @@ class _Work:
         with warnings.catch_warnings():
             # a model release has atoms.parquet on purpose
             warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
-            info = self.target.api.create_commit(
+            return self.target.api.create_commit(
                 plan.repo_id,
                 operations,
-                commit_message=f"Release {plan.tag}",
+                commit_message=title(plan.tag),
                 repo_type=plan.repo_type,
                 revision=MAIN,
                 parent_commit=plan.head,
+                create_pr=self.pull_request,
             )
-        return str(info.oid)
 
     def upload(self, plan: Plan, added: list[Add]) -> None:
         """Send the large files ahead of the commit; those sent before a trouble are not sent again."""
@@ -246,7 +284,11 @@ class _Work:
                 if op.path not in self.additions:
                     self.additions[op.path] = CommitOperationAdd(op.path, str(self.release.folder / op.path))
                 self.target.api.preupload_lfs_files(
-                    plan.repo_id, [self.additions[op.path]], repo_type=plan.repo_type, free_memory=False
+                    plan.repo_id,
+                    [self.additions[op.path]],
+                    repo_type=plan.repo_type,
+                    create_pr=self.pull_request,
+                    free_memory=False,
                 )
                 bar.update(op.bytes)
 
@@ -264,5 +306,10 @@ class _Work:
         return retry.told(error, self.target.secret) if error else "no answer"
 
 
-def _listed(title: str, refusals: list[Refusal] | tuple[Refusal, ...]) -> str:
-    return f"{title}:\n- " + "\n- ".join(map(str, refusals))
+def title(tag: str) -> str:
+    """The title of a release's commit."""
+    return f"Release {tag}"
+
+
+def _listed(what: str, refusals: list[Refusal] | tuple[Refusal, ...]) -> str:
+    return f"{what}:\n- " + "\n- ".join(map(str, refusals))

@@ -5,10 +5,10 @@ Reads through `huggingface_hub.HfApi`; writes nothing.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -17,6 +17,9 @@ from hub import retry
 from hub.plan import Remote, RemoteFile
 
 MAIN = "main"
+
+PATIENCE = 300.0
+"""Seconds without a byte after which a call has failed; huggingface_hub alone would wait for ever."""
 
 
 @contextmanager
@@ -44,9 +47,14 @@ class Target:
     token: str | None = field(default=None, repr=False)
     """None is the token of the login, if any."""
 
-    @cached_property
+    @property
     def api(self) -> HfApi:
-        """The client."""
+        """The client; a call that it would wait for without end fails after `PATIENCE`."""
+        get_session().timeout = PATIENCE
+        return self._api
+
+    @cached_property
+    def _api(self) -> HfApi:
         return HfApi(endpoint=self.endpoint, token=self.token, library_name="daco-hub")
 
     @property
@@ -76,6 +84,18 @@ class Target:
             return Remote(head, files, tags)
         return Remote(head, files, tags, files if tags[tag] == head else self.files(tag))
 
+    def look_all(self, tag: str) -> Remote:
+        """As `look`, and who may see the repo."""
+        found = self.look(tag)
+        if found.head is None:
+            return found
+        info = self.api.repo_info(self.repo_id, repo_type=self.repo_type)
+        return replace(found, private=bool(info.private), gated=info.gated or "")
+
+    def at(self, revision: str) -> Remote:
+        """What the repo holds at a revision, of whose tags nothing is said."""
+        return Remote(revision, self.files(revision))
+
     def files(self, revision: str) -> Mapping[str, RemoteFile]:
         """Path -> file at a revision."""
         entries = self.api.list_repo_tree(
@@ -88,5 +108,15 @@ class Target:
         }
 
     def look_again(self, tag: str) -> Remote:
-        """As `look`, tried again while the Hub has trouble."""
-        return retry.call(f"reading {self}", self.secret, lambda: self.look(tag))
+        """As `look_all`, tried again while the Hub has trouble."""
+        return retry.call(f"reading {self}", self.secret, lambda: self.look_all(tag))
+
+    def proposals(self, title: str) -> list[str]:
+        """The revisions of open pull requests of this title, the newest first."""
+        found = self.api.get_repo_discussions(
+            self.repo_id,
+            repo_type=self.repo_type,
+            discussion_type="pull_request",
+            discussion_status="open",
+        )
+        return [f"refs/pr/{one.num}" for one in found if one.title == title]

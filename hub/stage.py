@@ -6,9 +6,9 @@ again changes no byte.
 
 from pathlib import Path
 
+from cards.album import PICTURES, pictures
 from cards.facts import CARD
 from cards.render import render
-from cards.tuning import PICTURE, pictures
 from daco.manifest import check_size, file_entry, read_manifest, write_atomic, write_manifest
 
 
@@ -21,7 +21,7 @@ def stage(folder: Path) -> None:
     """
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
-        if name not in (CARD, PICTURE):  # which are about to be written
+        if name not in (CARD, *PICTURES):  # which are about to be written
             check_size(folder / name, entry, name)
     for name, content in pictures(folder).items():
         write_atomic(folder / name, content)

@@ -44,9 +44,8 @@ def verify(target: Target, tag: str, manifest: bytes | None = None) -> str:
     there = retry.call(f"{target} at {tag}", target.secret, lambda: target.files(commit))
     with own_bars():
         problems, files = _manifest(target, commit, manifest)
-        problems += [
-            f"{name}: not in the manifest" for name in sorted(set(there) - {*files, MANIFEST, *KEPT})
-        ]
+        unlisted = sorted(set(there) - {*files, MANIFEST, *KEPT}) if files else []
+        problems += [f"{name}: not in the manifest" for name in unlisted]
         for name, entry in tqdm(sorted(files.items()), desc="verify", unit="file", disable=None):
             problems += _problems(target, commit, name, entry)
     if problems:

@@ -30,11 +30,13 @@ from huggingface_hub.hf_api import RepoFile
 from release_fixture import write_dataset_release
 
 from daco.errors import DacoError
-from hub import retry
+from daco.manifest import MANIFEST, read_manifest
+from hub import remote, retry
 from hub.local.server import client_env
 from hub.publish import publish
 from hub.remote import Target
 from hub.stage import stage
+from hub.verify import verify
 
 REPO = "org/DACO-tiny"
 
@@ -62,11 +64,15 @@ FAULTS: dict[str, dict[str, Any]] = {
     "503 HTML": {"status": 503},
     "504 landed": {"status": 504, "landed": True},
     "dropped": {"drop": True},
-    "late": {"status": 504, "wait": 0.5},
+    "landed, dropped": {"drop": True, "landed": True},
+    "time-out": {"status": 504, "landed": True, "wait": 3.0},
     "412": {"status": 412, "body": "{}", "headers": JSON},
     "409": {"status": 409, "body": "{}", "headers": JSON},
 }
-"""`late`: the answer of a proxy that lost patience, after a while."""
+"""`time-out`: what was asked is done, and the client has given up by the time the answer comes."""
+
+PATIENCE = 1.0
+"""Seconds that the client waits for an answer here."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,9 @@ def no_waiting() -> Iterator[None]:
         mock.patch.object(retry, "sleep"),
         mock.patch("huggingface_hub.utils._http.time.sleep"),
         mock.patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True),
+        mock.patch.object(remote, "PATIENCE", PATIENCE),
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", PATIENCE),
+        mock.patch("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", PATIENCE),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -157,8 +166,9 @@ def cell(endpoint: str, fault: str, nth: int) -> Outcome:
                 break
             except DacoError:
                 errors += 1
-        wrong = "never finished" if errors == 3 else difference(hub)
-        return Outcome(errors, wrong, hub.faults.rules[0].seen >= nth)
+        asked = hub.faults.rules[0].seen >= nth
+        hub.faults.rules.clear()
+        return Outcome(errors, "never finished" if errors == 3 else difference(hub), asked)
 
 
 PUBLISH = """
@@ -181,10 +191,10 @@ def killed(at: int) -> Outcome:
         return Outcome(errors, difference(hub) if again.returncode == 0 else "never finished")
 
 
-def start(hub: LocalHub) -> "subprocess.Popen[bytes]":
+def start(hub: LocalHub, folder: Path | None = None) -> "subprocess.Popen[bytes]":
     """Publish in a process of its own."""
     env = client_env(hub.url, hub.home, WRITER) | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-c", PUBLISH, str(release()), hub.url]
+    command = [sys.executable, "-c", PUBLISH, str(folder or release()), hub.url]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -210,6 +220,38 @@ def matrix(endpoints: list[str]) -> bool:
     return well
 
 
+def at_once(first: Path, second: Path) -> str:
+    """Publish two releases of one repo from two processes at once; what is wrong then, empty if nothing."""
+    with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as hub:
+        both = [start(hub, one) for one in (first, second)]
+        ended = [one.wait(120) for one in both]
+        if first == second:
+            return difference(hub) if ended == [0, 0] else f"ended with {ended}"
+        if sorted(ended) != [0, 1]:
+            return f"expected one to win, they ended with {ended}"
+        winner = (first, second)[ended.index(0)]
+        tag = f"v{read_manifest(winner)['version']}"
+        commit = verify(target(hub), tag, (winner / MANIFEST).read_bytes())
+        api = hub.api()
+        commits = [one.commit_id for one in api.list_repo_commits(REPO, repo_type="dataset")]
+        tags = {one.name: one.target_commit for one in api.list_repo_refs(REPO, repo_type="dataset").tags}
+    return "" if tags == {tag: commit} and commits[:-1] == [commit] else f"tags {tags}, commits {commits}"
+
+
+def races(n: int) -> bool:
+    """Two publishers at once, `n` times, of the same release and of two versions; whether all is well."""
+    newer = release().with_name("newer")
+    if not newer.exists():
+        write_dataset_release(newer, version="1.1.0")
+        stage(newer)
+    well = True
+    for what, second in (("the same release", release()), ("two versions", newer)):
+        wrong = [problem for problem in (at_once(release(), second) for _ in range(n)) if problem]
+        well &= not wrong
+        print(f"two publishers at once, {what}, {n} times: {', '.join(wrong) or 'ok'}", flush=True)
+    return well
+
+
 def kills(n: int, seed: int) -> bool:
     """Kill at `n` drawn requests; whether all is well."""
     with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as hub:
@@ -228,11 +270,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=ENDPOINTS, action="append", help="this endpoint alone")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--races", type=int, default=5, help="of two publishers, of each kind")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     huggingface_hub.logging.set_verbosity_error()
     well = matrix(arguments.only or [*ENDPOINTS])
-    return 0 if kills(arguments.kills, arguments.seed) and well else 1
+    well &= kills(arguments.kills, arguments.seed)
+    return 0 if races(arguments.races) and well else 1
 
 
 if __name__ == "__main__":

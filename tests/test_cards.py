@@ -1,17 +1,23 @@
 """Proves that cards say what manifests say, as text and valid metadata, and that their quick starts run."""
 
+import hashlib
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import release_fixture
 import yaml
 from conftest import tiny
 from hostile import TEXTS
-from hub_fixture import WRITER, LocalHub, local_hub  # noqa: F401
+from hub_fixture import WRITER, LocalHub, local_hub, running  # noqa: F401
 from markdown_it import MarkdownIt
+from PIL import Image
 from release_fixture import (
     BASE,
     COUNTS,
@@ -26,12 +32,17 @@ from release_fixture import (
 from test_hostile import Page, check_page
 
 from cards import escape
+from cards.album import pictures, principal
 from cards.facts import is_hub_id, repo_id, scalars, tables_of
-from cards.render import render
-from daco.errors import FormatError, IntegrityError
+from cards.render import render, with_outputs
+from daco.errors import FormatError, IntegrityError, QuickStartError
 from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, read_manifest, write_manifest
+from daco.tables import CONCEPTS, LINKS, STIMULI
+from hub.changes import supersede
+from hub.gate import SECTIONS, check_release
 from hub.local.card_rules import check_card
 from hub.publish import publish
+from hub.quick_start import code_blocks, record, run
 from hub.remote import Target
 from hub.stage import stage
 
@@ -68,7 +79,9 @@ def test_metadata_of_a_dataset(tmp_path: Path) -> None:
         return {"split": split, "path": [f"data/{config}/{split}-00000-of-00001.parquet"]}
 
     directions = "directions_tiny_vl"
-    assert rendered(tmp_path / "r", "dataset")[0] == {
+    metadata = rendered(tmp_path / "r", "dataset")[0]
+    told = metadata.pop("dataset_info")
+    assert metadata == {
         "license": "cc-by-4.0",
         "pretty_name": "DACO-tiny",
         "language": ["en"],
@@ -80,6 +93,29 @@ def test_metadata_of_a_dataset(tmp_path: Path) -> None:
             {"config_name": "concepts", "data_files": [files("concepts", "train")]},
             {"config_name": directions, "data_files": [files(directions, f"layer_{n}") for n in (1, 2)]},
         ],
+    }
+    assert [one["config_name"] for one in told] == ["stimuli", "links", "concepts", directions]
+    tables = {"stimuli": STIMULI, "links": LINKS, "concepts": CONCEPTS}
+    entries = read_manifest(tmp_path / "r")["files"]
+    for one in told:
+        if schema := tables.get(one["config_name"]):
+            types = {"float": "float32"}
+            expected = [{"name": f.name, "dtype": types.get(str(f.type), str(f.type))} for f in schema]
+            assert one["features"] == expected
+        else:
+            assert "features" not in one  # of vectors they do not survive YAML
+        paths = [f"data/{one['config_name']}/{part['name']}-00000-of-00001.parquet" for part in one["splits"]]
+        assert one["download_size"] == sum(entries[path]["bytes"] for path in paths)
+        assert [part["num_examples"] for part in one["splits"]] == [entries[path]["rows"] for path in paths]
+        assert one["dataset_size"] == sum(part["num_bytes"] for part in one["splits"]) > 0
+
+
+def fve(layer: int, value: float) -> dict[str, Any]:
+    """The entry of a `model-index` for what `release_fixture` writes into evaluation.json."""
+    return {
+        "task": {"type": "feature-extraction", "name": f"Reconstruction, layer {layer}"},
+        "dataset": {"type": "held-out", "name": "Held-out tokens"},
+        "metrics": [{"type": "fve", "name": "Variance explained", "value": value}],
     }
 
 
@@ -96,6 +132,7 @@ def test_metadata_of_a_model(tmp_path: Path) -> None:
             *("daco", "sparse-autoencoder", "saelens"),
             *("activation-steering", "interpretability", "safety"),
         ],
+        "model-index": [{"name": "daco-sae-tiny", "results": [fve(1, 0.51), fve(2, 0.52)]}],
     }
 
 
@@ -139,8 +176,8 @@ def test_numbers_of_a_dataset_are_the_manifest_s(tmp_path: Path) -> None:
     _, body = taken_apart(render(folder))
     assert rows(body, "corpus") == [["corpus", "pairs", "31", "29", "2 unreadable"]]
     assert rows(body, "concepts") == [
-        ["concepts", "desirable", "neutral", "undesirable"],
         ["concepts", "concepts", "17", "13", "4 too few positives"],
+        ["concepts", "desirable", "neutral", "undesirable"],
     ]
     assert rows(body, str(N_CONCEPTS)) == [["13", "3", "3", "7"]]
     assert f"Links: {N_CONCEPTS * 3} negative, {N_CONCEPTS * 3} positive." in body
@@ -150,7 +187,10 @@ def test_numbers_of_a_dataset_are_the_manifest_s(tmp_path: Path) -> None:
     assert rows(body, "knife") == [["knife", "undesirable", "what knife means", "3"]]
     for path, entry in manifest["files"].items():
         (row,) = rows(body, f"`{path}`")
-        assert row[2:] == [escape.size(entry["bytes"]), f"`{entry['sha256'][:12]}`"]
+        n, types = entry["rows"], "float32, float32&#91;32&#93;, int32, string"
+        assert row[1] == f"{n}×{pq.read_metadata(folder / path).num_columns}"
+        assert row[2] == types if "directions" in path else "string" in row[2]
+        assert row[3:] == [str(n), escape.size(entry["bytes"]), f"`{entry['sha256'][:12]}…`"]
     assert "seeds: run 7." in body
     assert f"`v1.0.0` in format `{FORMAT_VERSION}`" in body
     assert "Made with torch 2.13.0, transformers 5.23.0." in body
@@ -172,7 +212,8 @@ def test_numbers_of_a_model_are_its_files(tmp_path: Path) -> None:
     first = ["1", "0", "undesirable", "0.90", "knife 0.90, dog 0.50, gun 0.25"]
     assert rows(body, "1", "0", "undesirable") == [first]
     assert rows(body, "dictionary") == [["dictionary", "org/DACO-tiny at `v1.0.0`"]]
-    assert "`W_dec` 41×32" in body
+    (row,) = rows(body, "`layers.1/sae_weights.safetensors`")
+    assert row[1:4] == ["`W_dec` 41×32, `W_enc` 32×41, `b_dec` 32, `b_enc` 41", "F32", ""]
 
 
 def test_figures_are_named_and_fit_the_page() -> None:
@@ -199,7 +240,7 @@ def test_unknown_facts_drop_their_section(tmp_path: Path, kind: str) -> None:
     metadata, body = rendered(tmp_path / "r", kind, **BARE)
     for word in (
         "Quick start",
-        "## Licence",
+        "| source",
         "seeds",
         "Made with",
         "| stage",
@@ -394,21 +435,118 @@ def test_a_broken_choice_is_refused(tmp_path: Path) -> None:
     assert not (folder / "README.md").exists()
 
 
+def test_sections_come_in_the_order_that_the_gate_asks_for(tmp_path: Path) -> None:
+    for kind in WRITERS:
+        _, body = rendered(tmp_path / kind, kind)
+        assert [line for line in body.splitlines() if line.startswith("## ")] == ["## Quick start", *SECTIONS]
+
+
+def test_who_asks_for_removal_has_somebody_to_ask(tmp_path: Path) -> None:
+    for kind in WRITERS:
+        _, body = rendered(tmp_path / f"{kind}-1", kind)
+        assert "To have something removed, write to removals@example.org; the next version" in body
+        _, body = rendered(tmp_path / f"{kind}-2", kind, recipe={})
+        assert "To have something removed, open a discussion on this repo's page; the next version" in body
+
+
+def test_a_superseded_repo_says_where_to_go(tmp_path: Path) -> None:
+    for kind in WRITERS:
+        folder = WRITERS[kind](tmp_path / kind)
+        supersede(folder, "org/newer")
+        metadata, body = taken_apart(render(folder))
+        assert "**This repo is superseded: newer releases are in org/newer.**" in body
+        assert metadata.get("new_version") == ("org/newer" if kind == "model" else None)
+        assert check_card(render(folder), f"{kind}s") == ([], [])
+
+
+def test_what_a_release_does_not_hold_is_not_pictured(tmp_path: Path) -> None:
+    for kind in WRITERS:
+        assert pictures(WRITERS[kind](tmp_path / kind)).keys() == (
+            {"map.png"} if kind == "dataset" else set()
+        )
+
+
+def picture(colour: tuple[int, int, int]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 31), colour).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": "x.png"}
+
+
+def test_pictures_are_made_of_what_the_licence_allows_and_stay_the_same(tmp_path: Path) -> None:
+    images = pa.array([picture((i * 8, 0, 0)) for i in range(N_STIMULI)])
+    may = [SOURCES[0] | {"redistribute_images": True}]
+    folder = write_dataset_release(tmp_path / "r", stimuli_columns={"image": images}, sources=may)
+    made = pictures(folder)
+    assert made.keys() == {"map.png", "examples.png"}
+    assert pictures(folder) == made
+    stage(folder)
+    _, body = taken_apart((folder / "README.md").read_text("utf-8"))
+    for name, content in made.items():
+        assert (folder / name).read_bytes() == content
+        assert f"](./{name})" in body
+        assert rows(body, f"`{name}`")
+        with Image.open(folder / name) as shown:
+            assert shown.width > 400
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    stage(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_components_are_the_principal_ones() -> None:
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((40, 7)).astype(np.float32) * np.array([9, 5, 1, 1, 1, 1, 1], np.float32)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    u, s, _ = np.linalg.svd(unit - unit.mean(0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(principal(rows)), np.abs(u[:, :2] * s[:2]), atol=2e-3)
+
+
 # --- the quick starts, as they are printed
 
 
-def quick_start(folder: Path) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)
-    return "".join(block for block in blocks if "sae_lens" not in block)
-
-
-def test_the_quick_start_of_a_dataset_runs(local_hub: LocalHub, tmp_path: Path) -> None:  # noqa: F811
+def test_the_quick_start_of_a_dataset_runs_and_shows_what_it_printed(tmp_path: Path) -> None:
     folder = write_dataset_release(tmp_path / "r", sources=SOURCES)
-    publish(folder, Target("org/DACO-tiny", "dataset", local_hub.url, WRITER))
-    code = quick_start(folder) + "print(len(stimuli), len(links), len(concepts), len(directions))"
-    printed = local_hub.run(code)
-    assert "first-aid" in printed
-    assert printed.endswith(f"torch.Size([13, 32])\n{N_STIMULI} {13 * 6} 13 13\n")
+    printed = record(folder)
+    assert "first-aid" in printed[1]
+    assert printed[1].endswith("torch.Size([13, 32])\n")
+    first = printed[0].splitlines()
+    assert first[0].endswith("'caption': 'a picture of knife'}")
+    assert first[1:] == [
+        "{'concept': 'knife', 'role': 'positive', 'rank': 0, 'dist': 1.0}",
+        "{'concept_id': 'user:0', 'polarity': 'undesirable', 'n_positive': 3}",
+    ]
+    card = (folder / "README.md").read_text("utf-8")
+    for block, output in zip(code_blocks(card), printed, strict=True):
+        assert f"```python\n{block}```\n\nPrints:\n\n```text\n{output}```\n" in card
+    assert check_release(folder) == []
+    stage(folder)
+    assert (folder / "README.md").read_text("utf-8") == card
+    manifest = read_manifest(folder)  # output of other code is not shown
+    manifest["facts"]["quick_start"][0]["code"] = "0" * 64
+    write_manifest(folder, manifest)
+    assert first[1] not in render(folder)
+
+
+def test_what_code_printed_stays_inside_its_block(tmp_path: Path) -> None:
+    block = 'print("x")\n'
+    output = "a\x1b[31m ```\n````\n# no heading <b>\n"
+    text = with_outputs(f"```python\n{block}```\nrest", {hashlib.sha256(block.encode()).hexdigest(): output})
+    page = html(text)
+    assert "<h1" not in page
+    assert "<b>" not in page
+    assert "\x1b" not in page
+    assert page.count("<pre>") == 2
+    assert page.rstrip().endswith("<p>rest</p>")
+
+
+def test_a_quick_start_that_fails_is_named(tmp_path: Path) -> None:
+    folder = write_dataset_release(tmp_path / "bare", recipe={})
+    with pytest.raises(QuickStartError, match=r"expected a quick start in README\.md, got none"):
+        record(folder)
+    with (
+        running(tmp_path) as hub,
+        pytest.raises(QuickStartError, match=r"as printed fails: .*ZeroDivisionError"),
+    ):
+        run(["1 / 0\n"], hub.url, tmp_path / "home")
 
 
 def test_the_quick_start_of_a_model_runs(
@@ -425,7 +563,9 @@ def test_the_quick_start_of_a_model_runs(
     monkeypatch.setattr(release_fixture, "BASE", BASE | {"revision": commit})
     folder = write_model_release(tmp_path / "r")
     publish(folder, Target("org/daco-sae-tiny", "model", local_hub.url, WRITER))
-    code = quick_start(folder).replace("import daco\n", "from builders.vision import ensure_torchvision\n"
-                                       "ensure_torchvision()\nimport daco\n", 1)  # fmt: skip
-    printed = local_hub.run(code + "assert run.report().positions > 64")
+    (code,) = code_blocks((folder / "README.md").read_text("utf-8"))
+    (printed,) = run([f"{code}assert run.report().positions > 64\n"], local_hub.url, tmp_path / "home")
     assert "positions" in printed
+    (again,) = record(folder, base=tmp_path / "base")
+    assert again == printed
+    assert printed.splitlines()[-2] in (folder / "README.md").read_text("utf-8")

@@ -4,7 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
-from fault_matrix import ENDPOINTS, FAULTS, Outcome, cell, gate_open, killed, no_waiting, release, target
+from fault_matrix import (
+    ENDPOINTS,
+    FAULTS,
+    Outcome,
+    cell,
+    gate_open,
+    killed,
+    no_waiting,
+    races,
+    release,
+    target,
+)
 from hub_fixture import running
 
 from hub.publish import publish
@@ -19,6 +30,8 @@ CELLS = [
     ("tag", "504 landed", 1),
     ("download", "dropped", 2),
     ("file facts", "429", 1),
+    ("list files", "time-out", 1),
+    ("tag", "time-out", 1),
 ]
 
 
@@ -32,6 +45,10 @@ def test_a_broken_call_leaves_nothing_lost_or_doubled(endpoint: str, fault: str,
 @pytest.mark.parametrize("at", [9, 22])
 def test_a_killed_publisher_finishes_when_run_again(at: int) -> None:
     assert killed(at) == Outcome(1, "")
+
+
+def test_two_publishers_at_once_leave_one_release() -> None:
+    assert races(1)
 
 
 def test_every_call_of_publishing_is_in_the_matrix(tmp_path: Path) -> None:

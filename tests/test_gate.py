@@ -1,22 +1,42 @@
 """Proves that each reason not to publish a release is found, and told with what, where and what to do."""
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from release_fixture import N_STIMULI, RECIPE, SOURCES, write_dataset_release, write_model_release
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
-from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, read_manifest, write_manifest
+from daco.manifest import (
+    FORMAT_VERSION,
+    canonical_json,
+    file_entry,
+    read_manifest,
+    sha256_file,
+    write_manifest,
+)
 from hub.gate import check_release
 from hub.plan import Refusal
 from hub.stage import stage
 
-IMAGES = pa.array([{"bytes": b"\x89PNG", "path": "x.png"}] * N_STIMULI)
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 3)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = png()
+IMAGES = pa.array([{"bytes": PNG, "path": "x.png"}] * N_STIMULI)
 MAY = [SOURCES[0] | {"redistribute_images": True}]
 TOKEN = "hf_" + "aB3" * 12
 STIMULI = "data/stimuli/train-00000-of-00001.parquet"
@@ -87,25 +107,34 @@ def damaged(folder: Path, at: int) -> Path:
     return rewrite(folder, STIMULI, bytes(content))
 
 
-def strange_features(folder: Path) -> Path:
-    """A table that arrow reads and whose `datasets` features nobody knows."""
-    table = pq.read_table(folder / STIMULI)
-    features = {"info": {"features": {"caption": {"_type": "Nonsense"}}}}
-    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), folder / STIMULI)
-    return rewrite(folder, STIMULI, (folder / STIMULI).read_bytes())
+def infinite(folder: Path) -> Path:
+    """Weights that are finite and whose products are not."""
+    path = folder / "layers.1" / "steering.safetensors"
+    weights = load_file(folder / "layers.1" / "sae_weights.safetensors")
+    weights["W_dec"] = np.full_like(weights["W_dec"], 3e38)
+    weights["b_enc"] = np.full_like(weights["b_enc"], 3e38)
+    rewrite(folder, "layers.1/sae_weights.safetensors", save(weights))
+    tensors = load_file(path)
+    ids = tensors["atom_ids"]
+    tensors |= {"W_dec_rows": weights["W_dec"][ids], "b_enc": weights["b_enc"][ids]}
+    with safe_open(path, "numpy") as file:
+        said = file.metadata() | {
+            "sae_weights_sha256": sha256_file(folder / "layers.1/sae_weights.safetensors")
+        }
+    return rewrite(folder, "layers.1/steering.safetensors", save(tensors, said))
 
 
 def extra_column(folder: Path) -> Path:
     """A column that the manifest does not tell of."""
     table = pq.read_table(folder / STIMULI).replace_schema_metadata(None)
     pq.write_table(table.append_column("mood", pa.array(["fine"] * N_STIMULI)), folder / STIMULI)
-    return rewrite(folder, STIMULI, (folder / STIMULI).read_bytes())
+    return staged(rewrite(folder, STIMULI, (folder / STIMULI).read_bytes()))
 
 
 def lost_rows(folder: Path) -> Path:
     """A table with fewer rows than the manifest tells."""
     pq.write_table(pq.read_table(folder / STIMULI).slice(0, 5), folder / STIMULI)
-    return rewrite(folder, STIMULI, (folder / STIMULI).read_bytes())
+    return staged(rewrite(folder, STIMULI, (folder / STIMULI).read_bytes()))
 
 
 def other_hidden_size(folder: Path) -> Path:
@@ -259,7 +288,7 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
         "revoke it",
     ),
     "a table that does not load": (
-        lambda f: strange_features(dataset(f)),
+        lambda f: card(dataset(f), f"num_examples: {N_STIMULI}", "num_examples: 5"),
         "load_dataset fails on it",
         "config 'stimuli'",
         "mend its parquet files and build the release again",
@@ -274,6 +303,30 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
         lambda f: damaged(dataset(f), 8),
         "expected a table that can be read",
         STIMULI,
+        "build the release again",
+    ),
+    "metadata that no release may set": (
+        lambda f: card(model(f), "tags:\n", "widget: []\ntags:\n"),
+        "metadata: 'widget' is not among the keys that a release may set",
+        "README.md",
+        "python -m hub stage",
+    ),
+    "a card without its limits": (
+        lambda f: card(model(f), "## Limits and misuse", "## Praise"),
+        "expected the sections ## Files, ## How it was made, ## Numbers, ## Limits and misuse",
+        "README.md",
+        "python -m hub stage",
+    ),
+    "a picture of a forbidding source": (
+        lambda f: model(f, extra_files={"look/a.JPG": PNG}),
+        "it is a picture, which 'Drawn pairs' does not let us pass on",
+        "look/a.JPG",
+        "leave it out of the release",
+    ),
+    "weights that steer to infinity": (
+        lambda f: infinite(model(f)),
+        "steering a tiny model: expected finite logits, got NaN or infinity",
+        "layers.1",
         "build the release again",
     ),
     "other rows": (

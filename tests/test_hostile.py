@@ -33,7 +33,7 @@ PLAIN = 2 * len(TEXTS)
 _TAGS = """
 html head meta title style body main h1 h2 h3 p a table tr th td div b br small figure img figcaption em span
 pre code svg defs g path use metadata rdf:rdf cc:work dc:type dc:format clippath rect
-hr thead tbody ul li blockquote strong
+hr thead tbody ul li blockquote strong nav details summary dl dt dd
 """
 TAGS = frozenset(_TAGS.split())
 """Elements that our own templates and plots make."""
@@ -159,7 +159,8 @@ def check_page(page: Page, *links: str) -> None:
     assert page.tags <= TAGS, page.tags - TAGS
     assert page.handlers == []
     assert {link for link in page.links if not link.startswith(("#", *links))} == set()
-    assert all(image.startswith("data:image/png;base64,") for image in page.images)
+    ours = ("data:image/png;base64,", "./map.png", "./examples.png", "./tuning.png")
+    assert all(image.startswith(ours) for image in page.images)
     assert "49" not in page.text.replace("7*7", "").split()  # {{ 7*7 }} was not worked out
 
 
@@ -175,7 +176,7 @@ def test_the_report_shows_texts_as_text(built: tuple[Path, Recipe]) -> None:
     out, made_from = built
     repo = {"repo_id": TEXTS[0], "repo_type": "dataset", "tag": TEXTS[1], "commit": "0" * 40}
     published = {"repos": [repo | {"files": 1, "bytes": 2}], "seconds": 1.0}
-    run = {"title": TEXTS[7], "code": TEXTS[2], "output": TEXTS[3]}
+    run = {"title": TEXTS[7], "proves": TEXTS[0], "code": TEXTS[2], "output": TEXTS[3]}
     page = Page(report_html(out, made_from, published | {"runs": [run]}))
     check_page(page, LINKS[0])
     for text in (*TEXTS[:4], TEXTS[7], *(t for t in shown(out) if len(t) <= 80)):

@@ -1,0 +1,120 @@
+"""Runs the quick start of a release's card as it is printed, and puts what it printed into the card.
+
+Reads a release folder; publishes it to a Hub of its own in a temporary folder, and runs the card's code there
+in a fresh process with an empty cache. Writes `facts.quick_start` of the manifest and the card.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from cards.facts import CARD, repo_id
+from cards.render import BLOCK
+from daco.errors import QuickStartError
+from daco.manifest import read_manifest, write_manifest
+from daco.sae_files import read_config
+from hub.local.server import background, client_env
+from hub.publish import Release, send
+from hub.remote import Target
+from hub.stage import stage
+
+ROOT = Path(__file__).parent.parent
+
+TOKEN = "hf_local"
+"""The temporary Hub's own; it opens nothing else."""
+
+END = "--- end of block {} of the quick start ---"
+
+RUN = """
+import sys
+from builders.vision import ensure_torchvision
+ensure_torchvision()
+exec(compile(open(sys.argv[1], encoding="utf-8").read(), "quick_start.py", "exec"), {"__name__": "__main__"})
+"""
+"""Runs a file as it is, on machines too where torchvision was built for another torch."""
+
+
+def code_blocks(card: str) -> list[str]:
+    """The blocks of a card's quick start, in order; those of other libraries are left out."""
+    return [block for block in BLOCK.findall(card) if "sae_lens" not in block]
+
+
+def record(folder: Path, others: Sequence[Path] = (), base: Path | None = None) -> list[str]:
+    """Run the quick start of a release folder's card, and put its output below the code.
+
+    Args:
+        folder: The release folder; it is staged.
+        others: Further release folders that the code loads.
+        base: Folder of the base model, where the code loads it; `config.json` names its repo and revision.
+
+    Returns:
+        What each block printed.
+
+    Raises:
+        QuickStartError: the card has no quick start, or it fails.
+    """
+    stage(folder)
+    if not (blocks := code_blocks((folder / CARD).read_text("utf-8"))):
+        raise QuickStartError(f"{folder}: expected a quick start in {CARD}, got none; set release.org")
+    with tempfile.TemporaryDirectory() as name, background(Path(name) / "hub") as url:
+        if base is not None:
+            send_base(folder, base, url)
+        for one in [*others, folder]:
+            manifest = read_manifest(one)
+            send(Release.of(one), Target(repo_id(manifest), manifest["kind"], url, TOKEN))
+        printed = run(blocks, url, Path(name) / "home")
+    manifest = read_manifest(folder)
+    manifest["facts"]["quick_start"] = [
+        {"code": hashlib.sha256(block.encode()).hexdigest(), "output": output}
+        for block, output in zip(blocks, printed, strict=True)
+        if output.strip()
+    ]
+    write_manifest(folder, manifest)
+    stage(folder)
+    return printed
+
+
+def send_base(folder: Path, base: Path, url: str) -> None:
+    """Put a base model where the quick start of `folder` looks for it."""
+    facts = read_config(folder / "config.json")["base_model"]
+    api = HfApi(endpoint=url, token=TOKEN)
+    api.create_repo(facts["id"])
+    api.upload_folder(repo_id=facts["id"], folder_path=base)
+    if facts["revision"] not in ("", "main"):
+        api.create_tag(facts["id"], tag=facts["revision"])
+
+
+def run(blocks: Sequence[str], url: str, home: Path) -> list[str]:
+    """Run blocks of code one after another in one fresh process against the Hub at `url`.
+
+    Returns:
+        What each of them printed.
+
+    Raises:
+        QuickStartError: the process failed.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    script = home / "quick_start.py"
+    ends = [END.format(i) for i in range(len(blocks))]
+    script.write_text("".join(f"{b}\nprint({e!r})\n" for b, e in zip(blocks, ends, strict=True)), "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN, str(script)],
+        env=client_env(url, home) | {"PYTHONPATH": str(ROOT), "COLUMNS": "110"},
+        cwd=home,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise QuickStartError(
+            f"the quick start as printed fails: {' '.join(done.stderr.split())[-600:]}; mend the release"
+        )
+    printed, left = [], done.stdout
+    for end in ends:
+        output, _, left = left.partition(f"{end}\n")
+        printed.append(output)
+    return printed
