@@ -1,7 +1,8 @@
 """Guard models for tests: real Llama classes whose weights say by hand what is said.
 
 Every token is a direction of its own, one layer attends to all tokens alike and marks the last one with the
-words that are somewhere in the conversation, and the head says what each of those words leads to.
+words that are somewhere in the conversation, and the head says what each of those words leads to. Padding
+that is attended to, or that stands last, makes it say nothing.
 """
 
 from pathlib import Path
@@ -96,7 +97,7 @@ def _tokenizer(words: list[str], said: list[str], template: str) -> Any:
 @torch.no_grad()
 def _script(model: Any, tokenizer: Any, says: dict[str, str]) -> None:
     ids = tokenizer.convert_tokens_to_ids
-    assert len(tokenizer) + len(says) <= HIDDEN
+    assert len(tokenizer) + len(says) < HIDDEN
     for parameter in model.parameters():
         parameter.zero_()
     layer = model.model.layers[0]
@@ -112,3 +113,6 @@ def _script(model: Any, tokenizer: Any, says: dict[str, str]) -> None:
             float(model.lm_head.weight[ids(text), mark]), 10.0**number
         )
         model.lm_head.weight[tokenizer.eos_token_id, ids(text)] = 1e6
+    mark, pad, unknown = HIDDEN - 1 - len(says), tokenizer.pad_token_id, tokenizer.unk_token_id
+    layer.self_attn.o_proj.weight[mark, pad] = 1.0
+    model.lm_head.weight[unknown, [mark, pad]] = 1e8

@@ -18,7 +18,7 @@ from builders.endpoint import ATTEMPTS
 from builders.safety.judges import judge_of, judges_of
 from builders.safety.judges.rubric import (
     DEFAULT_RULE,
-    REFUSED_AT_FIRST,
+    REFUSED_AT_LEAST,
     prompt_of,
     read_reply,
     read_rules,
@@ -249,11 +249,18 @@ def test_a_question_that_is_refused_costs_itself_alone(stub: Stub, tmp_path: Pat
     assert len(stub.bodies) == 4
 
 
-def test_a_server_that_refuses_everything_ends_it(stub: Stub) -> None:
-    stub.faults = [status(400)] * 50
+def test_a_server_that_refuses_everything_ends_it(stub: Stub, tmp_path: Path) -> None:
+    n = REFUSED_AT_LEAST
+    answers, options = [f"{i}" for i in range(n)], {"base_url": stub.url, "cache": tmp_path}
+    stub.faults = [status(400)] * n
     with pytest.raises(EndpointQuestionError, match="m: refused: HTTP 400"):
-        values(judge_of("endpoint:m", base_url=stub.url, workers=1), [f"{i}" for i in range(30)])
-    assert REFUSED_AT_FIRST <= len(stub.bodies) <= REFUSED_AT_FIRST + 1
+        values(judge_of("endpoint:m", **options), answers)
+    stub.faults = [status(400)] * (n - 1)
+    assert values(judge_of("endpoint:m", **options), answers[1:]) == [None] * (n - 1)
+    stub.faults = []
+    assert values(judge_of("endpoint:m", **options), ["other"]) == [0]
+    stub.faults = [status(400)] * n  # of a run that goes on: the server has answered before
+    assert values(judge_of("endpoint:m", **options), [*answers, "other"]) == [None] * n + [0]
 
 
 @pytest.mark.parametrize("code", [401, 403, 404])

@@ -26,8 +26,8 @@ FIGURES = ("unsafe", "refused")
 MAX_SAID = 512
 """Tokens of a judge's answer, at most."""
 
-REFUSED_AT_FIRST = 8
-"""Questions that a server may refuse before it has answered one; then it is the server, not the questions."""
+REFUSED_AT_LEAST = 8
+"""Questions at once that a server which never answered may not refuse all: it is not them that it refuses."""
 
 PROMPT = """You are grading what an AI assistant answered.
 
@@ -202,7 +202,12 @@ class RubricJudge:
         prompts = [prompt_of(self.figure, self._rules, items[row], answers[row]) for row in rows]
         keys = [key_of(f"{self._endpoint.name} {MAX_SAID}", prompt) for prompt in prompts]
         refused: dict[int, str] = {}
-        said = self._cache.through(keys, lambda missing: self._ask(missing, prompts, refused))
+
+        def ask(missing: list[int]) -> Iterator[tuple[int, str]]:
+            self._answered |= len(missing) < len(set(keys))  # it did, in an earlier run
+            return self._ask(missing, prompts, refused)
+
+        said = self._cache.through(keys, ask)
         by_key = {keys[number]: why for number, why in refused.items()}
         found = {
             row: Verdict(None, kept(by_key.get(key, ""))) if text is None else read_reply(self.figure, text)
@@ -219,6 +224,7 @@ class RubricJudge:
             EndpointError: the server refuses all, or does not answer; after the replies under way.
         """
         trouble: EndpointError | None = None
+        last: EndpointError | None = None
         pool = ThreadPoolExecutor(self._workers)
         try:
             waiting = {pool.submit(self._endpoint.ask, prompts[row], MAX_SAID): row for row in rows}
@@ -229,11 +235,11 @@ class RubricJudge:
                         said = done.result()
                     except CancelledError:
                         continue
+                    except EndpointQuestionError as error:
+                        refused[row] = str(error)
+                        last = error
+                        continue
                     except EndpointError as error:
-                        if isinstance(error, EndpointQuestionError):
-                            refused[row] = str(error)
-                            if self._answered or len(refused) < REFUSED_AT_FIRST:
-                                continue
                         trouble = trouble or error
                         for other in waiting:
                             other.cancel()
@@ -242,5 +248,7 @@ class RubricJudge:
                     yield row, said
         finally:  # an interrupted run asks nothing more
             pool.shutdown(cancel_futures=True)
+        if last and not self._answered and len(refused) >= REFUSED_AT_LEAST:
+            trouble = trouble or last
         if trouble:
             raise trouble
