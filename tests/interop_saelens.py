@@ -1,7 +1,7 @@
 """Runs in an environment with SAELens, not with daco: loads exported layer folders, compares their numbers.
 
-Usage: python interop_saelens.py FOLDER, where beside each layer folder FOLDER/<name> lies <name>.safetensors
-with what daco computed: z, codes, z_hat.
+Usage: python interop_saelens.py FOLDER [REPO], where beside each layer folder FOLDER/<name> lies
+<name>.safetensors with what daco computed: z, codes, z_hat. With REPO the layers are loaded from the Hub.
 """
 
 import sys
@@ -12,9 +12,12 @@ from sae_lens import SAE, __version__
 from safetensors.torch import load_file
 
 
-def compare(folder: Path) -> str:
+def compare(folder: Path, repo: str) -> str:
     """Load one layer folder with SAELens; returns a line on how far its numbers are from daco's."""
-    sae = SAE.load_from_disk(folder, device="cpu")
+    if repo:
+        sae = SAE.from_pretrained(repo, folder.name, device="cpu")
+    else:
+        sae = SAE.load_from_disk(folder, device="cpu")
     expected = load_file(folder.parent / f"{folder.name}.safetensors")
     with torch.no_grad():
         codes = sae.encode(expected["z"])
@@ -31,5 +34,5 @@ if __name__ == "__main__":
     folders = sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir())
     assert folders, "expected layer folders, got none"
     for found in folders:
-        print(compare(found))
+        print(compare(found, sys.argv[2] if len(sys.argv) > 2 else ""))
     print(f"sae_lens {__version__}: {len(folders)} folders equal")

@@ -33,6 +33,9 @@ def write(folder: Path, name: str, codes: torch.Tensor, z_hat: torch.Tensor) -> 
 
 def saelens(folder: Path) -> None:
     from sae_lens import (
+        SAE,
+        BatchTopKTrainingSAE,
+        BatchTopKTrainingSAEConfig,
         JumpReLUSAE,
         JumpReLUSAEConfig,
         StandardSAE,
@@ -54,6 +57,13 @@ def saelens(folder: Path) -> None:
         sae.save_model(folder / name)
         codes = sae.encode(activations())
         write(folder, name, codes, sae.decode(codes))
+    trained = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**sizes, k=5))
+    scramble(trained)
+    trained.topk_threshold.fill_(2.5)
+    trained.save_inference_model(folder / "batchtopk")  # as a JumpReLU
+    sae = SAE.load_from_disk(folder / "batchtopk", device="cpu")
+    codes = sae.encode(activations())
+    write(folder, "batchtopk", codes, sae.decode(codes))
 
 
 def sparsify(folder: Path) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from hub_fixture import READER, LocalHub, local_hub  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from daco.sae import SAE, LayerSAE
 from daco.sae_files import layer_folder, write_layer
 from daco.sae_import import read_sae
 from daco.sites import ModelFacts
+from hub.local.server import client_env
 
 SCRIPT = Path(__file__).with_name("interop_saelens.py")
 MODEL = ModelFacts("org/model", "a" * 40, "llava", 32, 4)
@@ -52,13 +54,13 @@ def other_python(who: str) -> str:
     return python
 
 
-def ran(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def ran(*command: str, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize(("who", "n"), [("saelens", 5), ("sparsify", 2)])
+@pytest.mark.parametrize(("who", "n"), [("saelens", 6), ("sparsify", 2)])
 def test_folders_of_others_compute_the_same_here(who, n, tmp_path):
     ran(other_python(who), str(SCRIPT.with_name("interop_write.py")), who, str(tmp_path))
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -78,3 +80,13 @@ def test_saelens_computes_the_same_codes_and_reconstructions(tmp_path):
     for activation in ("relu", "topk", "batchtopk", "jumprelu"):
         export(tmp_path, activation)
     assert "4 folders equal" in ran(python, str(SCRIPT), str(tmp_path))
+
+
+def test_saelens_loads_the_same_from_a_hub(tmp_path, local_hub: LocalHub):  # noqa: F811
+    python = other_python("saelens")
+    for activation in ("relu", "topk", "batchtopk", "jumprelu"):
+        export(tmp_path / "made", activation)
+    local_hub.api().create_repo("org/saes")
+    local_hub.api().upload_folder(repo_id="org/saes", folder_path=tmp_path / "made")
+    env = client_env(local_hub.url, local_hub.home, READER)
+    assert "4 folders equal" in ran(python, str(SCRIPT), str(tmp_path / "made"), "org/saes", env=env)

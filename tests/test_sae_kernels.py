@@ -1,5 +1,6 @@
 """Proves that a step with the GPU's kernels is that of the plain products, and does without Triton."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_rows import ACTIVATIONS, CONFIG, draw, random_weights
+from test_sae_step import close, config_of, stepped
 
 from builders import sae_step
+from builders.sae_training import Training
 
 SCRIPT = Path(__file__).with_name("kernels_triton.py")
 
@@ -45,3 +49,32 @@ def test_without_triton_or_without_a_gpu_the_plain_products_are_taken(monkeypatc
     monkeypatch.setattr(sae_step, "triton_kernels", lambda: "kernels")
     assert sae_step.kernels_for(torch.zeros(1)) is None
     assert sae_step.kernels_for(torch.zeros(1, device="meta")) is None
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_step_on_a_gpu_is_that_of_a_cpu(activation):
+    x, config = draw(17, 64, seed=9).float(), config_of(activation)
+    weights = {name: w.float() / 8 for name, w in random_weights(37, 64, activation).items()}
+    here = stepped(x, weights, config, 0.3)
+    there = stepped(x.cuda(), {name: w.cuda() for name, w in weights.items()}, config, 0.3)
+    close(there.loss.cpu(), here.loss)
+    for name, gradient in here.by_name.items():
+        close(there.by_name[name].cpu(), gradient, 1e-4)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_a_step_on_a_gpu_waits_for_nothing(activation):
+    config = dataclasses.replace(CONFIG, activation=activation, aux_k=2, select="bfloat16")
+    training = Training({n: w.float().cuda() for n, w in random_weights(37, 64).items()}, 1.0, config)
+    z = draw(17, 64, seed=9).float().cuda()
+    training.step(z)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.step(z)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
