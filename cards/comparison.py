@@ -61,14 +61,14 @@ SHORT = {
 NOTES = {
     "none": "the model as it was trained",
     "prompting": "an instruction to be safe, put before the request",
-    "actadd": "adds one fixed direction: desirable concepts minus undesirable ones",
-    "mop": "writes each activation as a sum of concepts and takes the undesirable ones out; no autoencoder",
-    "projection": "takes out of each activation what lies along the undesirable directions",
+    "actadd": "activation addition: the same push away from harm for every text",
+    "mop": "writes each state as a sum of concepts, takes the undesirable ones out; no autoencoder",
+    "projection": "takes out of each state what lies along the undesirable directions; no autoencoder",
     "daco": "takes undesirable atoms out; the autoencoder starts from the dictionary",
-    "daco_random_start": "the same with an autoencoder that starts from chance",
+    "daco_random_start": "the same, with an autoencoder that starts from chance",
     "control_shuffled": "DACO, the labels of the concepts dealt out at random",
     "control_random_atoms": "DACO, as many atoms taken out, drawn at random",
-    "control_harm_objects": "DACO, knives and bombs labelled undesirable, the trick words not",
+    "control_harm_objects": "DACO, harmful things labelled undesirable, trick words not",
 }
 """What the methods do, by their names in the results."""
 

@@ -329,7 +329,7 @@ def _write_names(
     frame, kept = axes.bbox, np.empty((0, 4))
     for row, name in names.items():
         text = axes.annotate(_short(name), points[row], (0, 0), textcoords="offset points",
-                             fontsize=10, parse_math=False)  # fmt: skip
+                             fontsize=9, parse_math=False)  # fmt: skip
         box = text.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
         size = 1.05 * box.width + 2 * reach, box.height  # an SVG's letters are a little wider
         for away in (4, 9, 16, 24, 34, 46):

@@ -4,6 +4,8 @@ Reads a finished run folder of `python -m builders run`, and its `compare/` wher
 """
 
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from builders.pipeline import stage_names
 from builders.recipe import Recipe
 from builders.stages import done
 from cards import plots
+from cards.escape import size
 from cards.pictures import data_url
 from cards.render import TEMPLATES
 from cards.toyworld import toyworld_facts
@@ -26,13 +29,13 @@ CONCEPTS_SHOWN = {"undesirable": 4, "desirable": 3, "neutral": 3}
 STIMULI_SHOWN = 6
 ATOMS_SHOWN = 8
 """Atoms shown of each polarity, shared by the layers, at least two of each: the ones that fire most."""
-NAMED = 24
+NAMED = 40
 """Concepts of each polarity whose names the map may show."""
 THUMBNAIL = 96
 TOY_WORLD = (
-    "A model learns to refuse harm, and falls for trick words. DACO finds what those words do inside it and "
-    "takes that away while it answers. The two tiny models come trained; the rest of this page was made "
-    "here, by `make demo`."
+    "A small model refuses harm, and falls for trick words. DACO looks for what makes it give in, inside the "
+    "model, and takes that away while it answers. The small model that is steered, and a second one that "
+    "finds pictures for words, come trained with the repository; the rest of the page was made here."
 )
 TOY_MODEL = (
     "The model is tiny and lives in a drawn world whose rules are known: this page shows whether the method "
@@ -42,6 +45,23 @@ RANDOM_MODEL = (
     "The language model of this run is tiny and has random weights: all parts work together here, but "
     "concepts, labels and steering mean nothing to it."
 )
+STAGES = {
+    "corpus": "captioned pictures read and checked",
+    "concepts": "words of the dictionary",
+    "clip": "training steps of the model that finds pictures (0: it comes trained)",
+    "embeddings": "pictures and captions turned into vectors to search",
+    "stimuli": "words for which pictures were found",
+    "polarity": "words given a label",
+    "activations": "pictures that some word was linked to, read by the steered model",
+    "directions": "links between a word and a picture, averaged into directions",
+    "sae": "inner states to learn from, a layer; some are held out to measure on",
+    "atoms": "atoms of all layers; the others point to neither side",
+    "tune": "settings tried (0: the recipe gives them)",
+    "evaluate": "held-out pictures that steering is measured on; a few suffice",
+    "release": "pictures published: those that some word was linked to",
+}
+"""What each stage counts."""
+
 STEERING_COLUMNS = {
     "changed": "positions changed",
     "relative_change": "size of the change / size of the activation",
@@ -57,8 +77,8 @@ def report_html(out: Path, recipe: Recipe, published: dict[str, Any]) -> str:
     Args:
         out: The run folder, all stages done.
         recipe: What it was made from.
-        published: `repos` (repo_id, repo_type, tag, commit, files, bytes of each), `runs` (title, code,
-            output of each client) and `seconds`.
+        published: `repos` (repo_id, repo_type, tag, commit, files, bytes of each), `runs` (title, what it
+            `proves`, code and output of each client) and `seconds`.
 
     Returns:
         A self-contained HTML page; every text from data is escaped.
@@ -66,11 +86,14 @@ def report_html(out: Path, recipe: Recipe, published: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
+    environment.filters["size"] = size
     layer = recipe.activations.layers[-1]
     toy = toyworld_facts(out)
     facts = {
         **_opening(recipe, toy is not None),
-        "toy": toy and toy | {name: Markup(toy[name]) for name in ("front_svg", "fve_svg")},
+        "toy": toy and toy | {name: Markup(toy[name]) for name in ("front_svg", "corner_svg", "fve_svg")},
+        "made": _made(recipe),
+        "contents": _contents(toy is not None, bool(toy and toy["findings"])),
         "stages": _stages(out),
         "concepts": _concepts(out),
         "map_layer": layer,
@@ -81,6 +104,30 @@ def report_html(out: Path, recipe: Recipe, published: dict[str, Any]) -> str:
         **published,
     }
     return environment.get_template("report.html.jinja").render(facts)
+
+
+CONTENTS = {
+    "conclusions": "Conclusions",
+    "problem": "The problem",
+    "method": "What DACO does",
+    "table": "The table",
+    "cost": "What it costs",
+    "examples": "Before and after",
+    "odd": "What looks odd",
+    "concepts": "Concepts",
+    "dictionary": "Dictionary",
+    "saes": "Autoencoders",
+    "inside": "Inside",
+    "developers": "For developers",
+}
+"""Sections of the page, in order."""
+
+
+def _contents(toy: bool, found: bool) -> list[tuple[str, str]]:
+    """The sections that a page has."""
+    of_toy, of_found = ("problem", "method", "table", "cost", "examples"), ("conclusions", "odd")
+    has = {**dict.fromkeys(of_toy, toy), **dict.fromkeys(of_found, toy and found), "inside": not toy}
+    return [(name, title) for name, title in CONTENTS.items() if has.get(name, True)]
 
 
 def _opening(recipe: Recipe, toy: bool) -> dict[str, str]:
@@ -97,6 +144,26 @@ def _opening(recipe: Recipe, toy: bool) -> dict[str, str]:
     }
 
 
+def _made(recipe: Recipe) -> dict[str, Any]:
+    """What the run was made with."""
+    sizes: dict[str, Any] = dict.fromkeys(("parameters", "blocks", "width"))
+    folder = Path(recipe.model.id)
+    if (folder / "training.json").is_file():
+        config, training = (
+            json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("config", "training")
+        )
+        text = config["text_config"]
+        sizes = {"parameters": training["n_parameters"], "blocks": text["num_hidden_layers"]}
+        sizes |= {"width": text["hidden_size"]}
+    return sizes | {
+        "seed": recipe.run.seed,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "n_atoms": recipe.sae.n_atoms,
+        "k": recipe.sae.k,
+        "layers": len(recipe.activations.layers),
+    }
+
+
 def _stages(out: Path) -> list[dict[str, Any]]:
     rows = []
     for name in stage_names():
@@ -105,7 +172,8 @@ def _stages(out: Path) -> list[dict[str, Any]]:
             f"{n:,} {reason.replace('_', ' ')}" for reason, n in sorted(counts["skipped"].items()) if n
         ]
         rows.append(
-            {"name": name, "n_in": counts["in"], "n_out": counts["out"], "skipped": ", ".join(skipped)}
+            {"name": name, "about": STAGES.get(name, ""), "skipped": ", ".join(skipped)}
+            | {"n_in": counts["in"], "n_out": counts["out"]}
         )
     return rows
 

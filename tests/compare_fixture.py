@@ -41,9 +41,11 @@ ANSWERS = {
     "prompting": OBEYS,
     "actadd": "fine : sorry , i cannot",
     "mop": "risky : take the the",
+    "projection": "risky : " + scenes.REFUSAL,
     "daco": "risky : " + scenes.REFUSAL,
 }
-SUITES = ("jailbreak_a", "jailbreak_a", "jailbreak_b", "harmful", "harmless", "question")
+SUITES = ("jailbreak_a", "jailbreak_b", "harmful", "harmless", "question")
+OPENING = [{"layer": 1, "atom": 9, "names": ["axe", "house"], "share": 0.24}]
 STEPS = [0, 50, 100, 200, 400, 800]
 
 
@@ -61,6 +63,11 @@ def write_compare(out: Path, **changes: Any) -> dict[str, Any]:
         "front": [point for name in list(LABELS)[1:7] for point in front(name)],
         "sae_fve": {"dictionary": curves(0.55, 0.991), "random": curves(0.2, 0.994)},
         "examples": [example(folder, i, suite) for i, suite in enumerate(SUITES)],
+        "opening": OPENING,
+        "labels": {
+            "dictionary": {"atoms": 512, "undesirable": 30, "desirable": 40, "fire": 60, "cosine": 0.94},
+            "random": {"atoms": 512, "undesirable": 5, "desirable": 6, "fire": 11, "cosine": 0.63},
+        },
         "directions_agreement": {"0": 0.93, "1": 0.91, "2": 0.877},
     }
     results |= changes
@@ -115,7 +122,10 @@ def example(folder: Path, index: int, suite: str) -> dict[str, Any]:
     if suite.startswith("jailbreak"):
         said = {m: text.format(thing=item.scene.object, task=item.task) for m, text in ANSWERS.items()}
     atoms = [
-        {"layer": 3, "atom": 17, "names": ["secret", "fiction", "knife"], "strength": 4.21},
-        {"layer": 4, "atom": 203, "names": ["bomb", "villain"], "strength": 2.5},
+        {"layer": 3, "atom": 17, "names": ["secret", "fiction", "knife"], "share": 0.421},
+        {"layer": 4, "atom": 203, "names": ["bomb", "villain"], "share": 0.25},
     ]
-    return {"image": name, "suite": suite, "prompt": item.text, "answers": said, "atoms": atoms}
+    why = "wrong" if suite == "question" else "first"
+    shown = {"image": name, "suite": suite, "index": index, "why": why, "count": 4, "prompt": item.text}
+    counted = {"object": item.scene.object, "cues": list(item.cues), "expected": item.answer}
+    return shown | counted | {"answers": said, "atoms": atoms}

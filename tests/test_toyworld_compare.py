@@ -11,14 +11,15 @@ import torch
 from builders.pipeline import run as run_pipeline
 from builders.recipe import Recipe, TuneConfig, load_recipe
 from builders.toyworld import arms, compare, front, judge, world
-from builders.toyworld.bench import FIGURES, Bench, figure, prompted, suites_of
+from builders.toyworld.bench import FIGURES, SUITES, Bench, figure, prompted, suites_of
 from builders.toyworld.truth import truth_dictionary, truth_links
+from daco.capture import capture
 from daco.errors import RecipeError
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("run.threads=1", "corpus.rows=400", "stimuli.n_positive=6", "stimuli.min_positive=2",
          "activations.layers=[1,2]", "sae.steps=30", "sae.eval_steps=15", "sae.batch=128")  # fmt: skip
-PLAN = compare.Plan(n=6, seeds=2, examples=1, rounds=1)
+PLAN = compare.Plan(n=6, seeds=2, rounds=1)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,10 @@ def test_cells_are_kept_paired_and_measured_anew_when_settings_change(
         assert ("difference" in found["unsafe"]) == (arm != "none")
         assert found["utility"]["n"] == found["over_refusal"]["n"] == 6
     assert len(results["sae_fve"]["random"]["fve"]) == 2
-    assert results["examples"][0]["answers"].keys() == set(compare.EXAMPLE_ARMS)
+    check_examples(bench, results)
+    assert results["labels"].keys() == {"dictionary", "random"}
+    found = results["labels"]["dictionary"]
+    assert 0 < found["fire"] <= found["undesirable"] + found["desirable"] <= found["atoms"]
     cell = bench.folder / "cells" / "none-0.json"
     before, kept = cell.stat().st_mtime_ns, cell.read_bytes()
     compare.run(bench.out, recipe, PLAN, settings=path)
@@ -134,6 +138,67 @@ def test_cells_are_kept_paired_and_measured_anew_when_settings_change(
     compare.run(bench.out, recipe, PLAN, settings=path)
     assert cell.stat().st_mtime_ns > before
     assert len(compare.as_text(results).splitlines()) == len(arms.LABELS) + 1
+
+
+def check_examples(bench: Bench, results: dict[str, Any]) -> None:
+    """Each suite's first item is shown as it was asked; before the picture, what is removed is alike."""
+    shown = results["examples"]
+    assert {(one["suite"], one["index"]) for one in shown} >= {(suite, 0) for suite in SUITES}
+    for one in shown:
+        item = judge.suite(one["suite"], one["index"] + 1, 0)[one["index"]]
+        assert (one["prompt"], one["expected"], one["object"]) == (item.text, item.answer, item.scene.object)
+        assert one["answers"].keys() == set(compare.EXAMPLE_ARMS)
+        assert all(0 < atom["share"] < 10 for atom in one["atoms"])
+    parts, setting = bench.parts(bench.recipe.run.seed), {"eta": 0.3, "gamma": 0.0, "layers": [1, 2]}
+    items = [judge.suite(suite, 1, 5)[0] for suite in ("jailbreak_a", "question")]
+    both = [compare._removed(bench, parts, setting | {"scope": "prompt"}, [item])[0] for item in items]
+    assert [atom["atom"] for atom in both[0]] == [atom["atom"] for atom in both[1]]
+    assert [a["share"] for a in both[0]] == pytest.approx([a["share"] for a in both[1]], rel=1e-4)
+
+
+def test_shares_are_lengths_of_what_steering_takes_away(bench: Bench) -> None:
+    """Of each atom: its part of the SAE's sum at the last position, over the state it is taken from."""
+    parts, item = bench.parts(0), judge.suite("jailbreak_a", 1, 2)
+    setting = {"eta": 0.3, "gamma": 0.0, "layers": [2], "scope": "prompt"}
+    method = arms.method_of(parts, "daco", setting)
+    assert method is not None
+    with torch.no_grad(), capture(bench.model, [2]) as read:
+        bench.model(**bench.batcher.prompts(item))
+    z = read.activations[2][:, -1]
+    _, (found,) = compare._removed(bench, parts, setting, item)
+    code = parts.saes["dictionary"][2].encode(z)[0]
+    rows = parts.saes["dictionary"][2].W_dec
+    expected = {a: float((code[a] * rows[a]).norm() / z.norm()) for a in method.atoms(2) if code[a] > 0}
+    assert {atom["atom"]: atom["share"] for atom in found} == pytest.approx(expected, rel=1e-4)
+    assert [atom["share"] for atom in found] == sorted(expected.values(), reverse=True)
+
+
+def test_examples_are_the_first_of_each_suite_and_of_each_failure() -> None:
+    def outcomes(**changes: list[int]) -> dict[str, dict[str, list[int]]]:
+        found = {suite: {"right": [1, 1, 1], "refused": [0, 0, 0], "complied": [0, 0, 0]} for suite in SUITES}
+        for name, values in changes.items():
+            suite, field = name.split("__")
+            found[suite][field] = values
+        return found
+
+    plain = outcomes(question__right=[0, 1, 1])
+    firsts = {(suite, 0, "first") for suite in SUITES}
+    assert {pick[:3] for pick in compare.picked(plain, plain)} == firsts
+    worse = outcomes(
+        question__right=[0, 1, 0],
+        harmless__right=[0, 1, 1],
+        harmless__refused=[1, 0, 0],
+        harmless_cues__refused=[0, 1, 1],
+        harmless_cues__right=[1, 0, 0],
+        harmful__complied=[0, 0, 1],
+        jailbreak_b__complied=[0, 1, 1],
+    )
+    picks = compare.picked(plain, worse)
+    failures = {("question", 2, "wrong", 1), ("harmless", 0, "refuses", 1), ("jailbreak_b", 1, "obeys", 2)}
+    assert set(picks) >= failures
+    assert {pick[:3] for pick in picks} - {pick[:3] for pick in failures} == firsts - {
+        ("harmless", 0, "first")
+    }
 
 
 def test_differences_are_of_the_same_items() -> None:

@@ -34,6 +34,9 @@ from daco.steering import Run, steer
 
 SUITES = ("jailbreak_a", "jailbreak_b", "harmful", "question", "harmless", "harmless_cues")
 
+HARM = SUITES[:3]
+"""Requests that should be declined."""
+
 FIGURES: dict[str, tuple[tuple[str, ...], str]] = {
     "unsafe": (("jailbreak_a",), "complied"),
     "unsafe_unseen_cues": (("jailbreak_b",), "complied"),

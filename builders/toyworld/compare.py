@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,24 @@ from PIL import Image
 from builders.recipe import Recipe
 from builders.statistics import Interval, paired, rate
 from builders.toyworld import judge, scenes
-from builders.toyworld.arms import LABELS, N_SETTINGS, SAE_ARMS, STARTS, Parts, Setting, describe
-from builders.toyworld.bench import FIGURES, Bench, Outcomes, figure, prompted, suites_of
-from builders.toyworld.model import answers
+from builders.toyworld.arms import (
+    LABELS,
+    N_SETTINGS,
+    SAE_ARMS,
+    STARTS,
+    Parts,
+    Setting,
+    describe,
+    method_of,
+    steering_of,
+)
+from builders.toyworld.bench import FIGURES, HARM, SUITES, Bench, Outcomes, figure, prompted, suites_of
+from builders.toyworld.scenes import Item
 from builders.toyworld.truth import against_truth
+from daco.capture import capture
 from daco.errors import RecipeError
 from daco.manifest import canonical_json, write_atomic
+from daco.methods.method import Method
 
 SETTINGS = Path(__file__).with_name("settings.json")
 """What `python -m builders.toyworld tune` chose, and everything it tried."""
@@ -37,7 +49,7 @@ TUNED = ("unsafe", "refusal", "utility", "helpful", "over_refusal")
 TUNED_ON = {suite for name in TUNED for suite in FIGURES[name][0]}
 """Figures that tuning sees, and the suites behind them: cue words of set B are for the test alone."""
 
-EXAMPLE_ARMS = ("none", "prompting", "actadd", "mop", "daco")
+EXAMPLE_ARMS = ("none", "prompting", "actadd", "mop", "projection", "daco", "daco_random_start")
 
 TIMED_TOKENS = 12
 """Tokens generated when arms are timed, whatever they say."""
@@ -53,8 +65,6 @@ class Plan:
     """Items of each suite."""
     seeds: int = 1
     """SAEs trained a start."""
-    examples: int = 6
-    """Requests shown with every answer."""
     rounds: int = 3
     """Rounds of timing."""
 
@@ -137,6 +147,7 @@ def measure(bench: Bench, plan: Plan, settings: Mapping[str, Any], progress: Pro
             write_atomic(path, canonical_json(outcomes))
     _keep(bench.folder / "time.json", lambda: relative_times(bench, plan, settings["chosen"]))
     _keep(bench.folder / "examples.json", lambda: examples(bench, plan, settings["chosen"]))
+    _keep(bench.folder / "labels.json", lambda: labels(bench, settings["chosen"]))
     _keep(bench.folder / "retrieved.json", lambda: against_truth(bench.out, bench.dictionary))
 
 
@@ -147,7 +158,7 @@ def _fresh(bench: Bench, plan: Plan, settings: Mapping[str, Any]) -> None:
     if not path.is_file() or path.read_text("utf-8") != now:
         for part in ("cells", "examples"):
             shutil.rmtree(bench.folder / part, ignore_errors=True)
-        for part in ("time", "examples", "retrieved", "results"):
+        for part in ("time", "examples", "labels", "retrieved", "results"):
             (bench.folder / f"{part}.json").unlink(missing_ok=True)
         bench.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, now)
@@ -179,32 +190,138 @@ def relative_times(bench: Bench, plan: Plan, chosen: Mapping[str, Setting]) -> d
     }
 
 
-def examples(bench: Bench, plan: Plan, chosen: Mapping[str, Setting]) -> list[dict[str, Any]]:
-    """Some jailbreaks with every answer, and the atoms that DACO removed."""
+# Examples.
+
+
+class Pick(NamedTuple):
+    """A test item to show."""
+
+    suite: str
+    index: int
+    why: str
+    """`first` of its suite; or the first that DACO `obeys`, `refuses` or gets `wrong` and should not."""
+    count: int
+    """Items of the suite that are alike: all of them, or so many failures."""
+
+
+def picked(plain: Outcomes, steered: Outcomes) -> list[Pick]:
+    """The first test item of each suite, and the first of each kind of failure that DACO makes.
+
+    Args:
+        plain: Outcomes without steering.
+        steered: Outcomes with DACO.
+    """
+    found = {(suite, 0): Pick(suite, 0, "first", len(plain[suite]["right"])) for suite in SUITES}
+    shown: set[str] = set()
+    for suite in SUITES:
+        before, after = plain[suite], steered[suite]
+        failures = {"obeys": after["complied"]} if suite in HARM else {
+            "refuses": [int(now > was) for was, now in zip(before["refused"], after["refused"], strict=True)],
+            "wrong": [
+                int(was > now and not refused)
+                for was, now, refused in zip(before["right"], after["right"], after["refused"], strict=True)
+            ],
+        }  # fmt: skip
+        for why, failed in failures.items():
+            if any(failed) and why not in shown:
+                shown.add(why)
+                found[suite, failed.index(1)] = Pick(suite, failed.index(1), why, sum(failed))
+    return list(found.values())
+
+
+def examples(bench: Bench, plan: Plan, chosen: Mapping[str, Setting]) -> dict[str, Any]:
+    """Some test items with every answer, and the atoms that DACO removed.
+
+    Returns:
+        `items`, and `opening`: the atoms removed before the picture, where every prompt is the same.
+    """
     parts = bench.parts(bench.recipe.run.seed)
+    picks = picked(*(_cell(bench.folder, arm, 0) for arm in ("none", "daco")))
+    suites = suites_of(plan.n, "test")
+    items = [suites[pick.suite][pick.index] for pick in picks]
+    said = {arm: bench.answers(parts, arm, chosen[arm], items) for arm in EXAMPLE_ARMS}
+    opening, removed = _removed(bench, parts, chosen["daco"], items)
     (bench.folder / "examples").mkdir(exist_ok=True)
-    found = []
-    for number, item in enumerate(judge.suite("jailbreak_a", plan.examples, 0)):
+    shown = []
+    for number, (pick, item, atoms) in enumerate(zip(picks, items, removed, strict=True)):
         name = f"examples/{number}.png"
         Image.fromarray(scenes.picture(item.scene, item.seed)).save(bench.folder / name)
-        said = {arm: bench.answers(parts, arm, chosen[arm], [item])[0] for arm in EXAMPLE_ARMS}
-        with bench.steered(parts, "daco", chosen["daco"]) as run:
-            answers(bench.model, bench.batcher, [item])
-        assert run is not None
-        atoms = [
-            {
-                "layer": layer.layer,
-                "atom": atom.atom,
-                "names": list(atom.names[:3]),
-                "strength": atom.mean_strength,
-            }
-            for layer in run.report().layers
-            for atom in layer.atoms
+        shown.append(
+            pick._asdict()
+            | {"image": name, "prompt": item.text, "object": item.scene.object, "cues": list(item.cues)}
+            | {"expected": item.answer, "answers": {arm: texts[number] for arm, texts in said.items()}}
+            | {"atoms": atoms}
+        )
+    return {"items": shown, "opening": opening}
+
+
+def labels(bench: Bench, chosen: Mapping[str, Setting]) -> dict[str, dict[str, float]]:
+    """What is labelled of the SAEs of each start.
+
+    Returns:
+        By start: how many `atoms`, of them `undesirable` and `desirable` ones, how many `fire` of those that
+        are labelled, and `cosine`, the median of these ones' cosines to the concept nearest to them.
+    """
+    parts, found = bench.parts(bench.recipe.run.seed), {}
+    for arm in ("daco", "daco_random_start"):
+        steering = steering_of(parts, STARTS[arm], parts.dictionary)
+        given = {number: layer.labels(chosen[arm]["eta"]) for number, layer in steering.layers.items()}
+        everything = np.concatenate(list(given.values()))
+        nearest = [
+            float(cosines[0])
+            for number, layer in steering.layers.items()
+            for cosines in layer.atoms["nearest_cosines"][
+                (given[number] != "neutral") & (layer.atoms["firing_rate"].to_numpy() > 0)
+            ]
         ]
-        atoms.sort(key=lambda atom: -atom["strength"])
-        shown = {"image": name, "suite": "jailbreak_a", "prompt": item.text, "answers": said}
-        found.append(shown | {"atoms": atoms[:5]})
+        counts = {side: int((everything == side).sum()) for side in ("undesirable", "desirable")}
+        cosine = averages.median(nearest) if nearest else 0.0
+        found[STARTS[arm]] = {"atoms": len(everything), "fire": len(nearest), **counts, "cosine": cosine}
     return found
+
+
+Removed = list[dict[str, Any]]
+"""Atoms, the largest first: `layer`, `atom`, `names` of the nearest concepts, and `share`, the length of what
+was removed over that of the state it was removed from."""
+
+
+@torch.no_grad()
+def _removed(
+    bench: Bench, parts: Parts, setting: Setting, items: Sequence[Item]
+) -> tuple[Removed, list[Removed]]:
+    """What DACO removes before the picture, and, item by item, where the answer's first word is chosen."""
+    method = method_of(parts, "daco", setting)
+    assert method is not None
+    inputs = bench.batcher.prompts(items)
+    with capture(bench.model, method.layers) as read, bench.steered(parts, "daco", setting):
+        bench.model(**inputs)  # each block is read, then steered
+    first = int(inputs["attention_mask"][0].argmax())
+    before = slice(first, first + len(bench.batcher.head) - bench.batcher.n_image)
+    opening: Removed = []
+    last: list[Removed] = [[] for _ in items]
+    for layer, z in sorted(read.activations.items()):
+        decoder = parts.saes[STARTS["daco"]][layer].W_dec
+        opening += _named(method, layer, _shares(method, layer, z[0, before], decoder).amax(0))
+        for row, found in zip(last, _shares(method, layer, z[:, -1], decoder), strict=True):
+            row += _named(method, layer, found)
+    for row in (opening, *last):
+        row.sort(key=lambda atom: -atom["share"])
+    return opening, last
+
+
+def _shares(method: Method, layer: int, z: torch.Tensor, decoder: torch.Tensor) -> torch.Tensor:
+    """Lengths of what is removed of activations [n, d_model], over theirs: [n, n_removed]."""
+    lengths = decoder[method.atoms(layer)].norm(dim=1)
+    return method.change(layer, z).strengths * lengths / z.norm(dim=1, keepdim=True)
+
+
+def _named(method: Method, layer: int, shares: torch.Tensor) -> Removed:
+    found = zip(method.atoms(layer), shares.tolist(), strict=True)
+    return [
+        {"layer": layer, "atom": atom, "names": list(method.names(layer, atom)[:3]), "share": share}
+        for atom, share in found
+        if share > 0
+    ]
 
 
 # Results.
@@ -233,6 +350,7 @@ def summarise(folders: Sequence[Path], plan: Plan, settings: Mapping[str, Any]) 
                    if (folder / "cells" / f"{arm}-{seed}.json").is_file()] for arm in LABELS}  # fmt: skip
     times = [json.loads((folder / "time.json").read_text("utf-8")) for folder in folders]
     retrieved = [json.loads((folder / "retrieved.json").read_text("utf-8")) for folder in folders]
+    shown = json.loads((first / "examples.json").read_text("utf-8"))
     methods = {}
     for arm, label in LABELS.items():
         setting = settings["chosen"][arm]
@@ -251,7 +369,9 @@ def summarise(folders: Sequence[Path], plan: Plan, settings: Mapping[str, Any]) 
         "methods": methods,
         "front": [_front(row) for row in settings["tried"]],
         "sae_fve": {start: _curves(folders, start, plan.seeds) for start in sorted(set(STARTS.values()))},
-        "examples": json.loads((first / "examples.json").read_text("utf-8")),
+        "examples": shown["items"],
+        "opening": shown["opening"],
+        "labels": json.loads((first / "labels.json").read_text("utf-8")),
         "directions_agreement": retrieved[0]["directions_agreement"],
         "retrieval_precision": retrieved[0]["precision"],
     }
