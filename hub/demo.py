@@ -56,14 +56,6 @@ CLIENT_PROVES = (
 )
 
 
-QUICK_START_PROVES = (
-    "a fresh process with an empty cache loads the published repos and steers, by the card's own code"
-)
-CLIENT_PROVES = (
-    "the dataset reads the same whole and streamed, and after steering the model is exactly as before"
-)
-
-
 class Base(NamedTuple):
     """The base model as clients find it."""
 
