@@ -66,7 +66,8 @@ def training_svg(measured: Mapping[str, pd.DataFrame]) -> str:
         _panel(axes, name, measured)
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
-    figure.supxlabel("training step", fontsize=8)
+    for axes in grid.flat[max(0, len(shown) - COLUMNS) : len(shown)]:
+        axes.set_xlabel("training step", fontsize=7)
     if len(measured) > 1:
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=6)
@@ -82,6 +83,8 @@ def _panel(axes: Axes, name: str, measured: Mapping[str, pd.DataFrame]) -> None:
     if name.startswith("fve"):
         least = min(float(np.nanmin(table[name].astype(float), initial=1.0)) for table in measured.values())
         axes.set_ylim(max(LOWEST, least - 0.02), 1.02)
+    elif name in ("l0", "dead", "dense"):
+        axes.set_ylim(bottom=0)
 
 
 def main() -> None:
