@@ -43,13 +43,13 @@ wheel: $(VENV)/.ready
 clean:
 	rm -rf $(VENV) .venv-saelens .triton .venv-clip-retrieval .venv-clients runs dist
 
-# torchvision's wheel asks for the exact torch it was built with, CUDA and all; without its dependencies it
-# takes the torch that is there.
+# torchvision's wheel asks for the exact torch it was built with, CUDA and all, and timm for torchvision; without their
+# dependencies they take what is there. timm holds the vision towers of a few models of the table.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) --upgrade "pip>=25.1"
 	$(BIN)/python $(PIP) --constraint constraints.txt --editable . --group dev
-	$(BIN)/python $(PIP) --constraint constraints.txt --no-deps torchvision
+	$(BIN)/python $(PIP) --constraint constraints.txt --no-deps torchvision timm
 	touch $@
 
 .venv-saelens/.ready: constraints.txt

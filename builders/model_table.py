@@ -59,6 +59,12 @@ NEEDS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 8711}},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "4/8"},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {"embed_dim": 1024},
+        }
+    },
     "qwen4_exp": {
         "text_config": {
             "indexer_n_heads": 4,
@@ -103,8 +109,12 @@ def resolve(model: Listed) -> dict[str, Any]:
     row = {**model._asdict(), "name": "", "shown": "", "because": "", "image_scope": False, "forward": False}
     try:
         config = transformers.AutoConfig.for_model(model.model_type, **NEEDS.get(model.model_type, {}))
+        kind = getattr(transformers, auto)
+        if type(config) not in kind._model_mapping:  # named for the task, but not to be had by it
+            kind = getattr(transformers, model.model_class)
+        make = getattr(kind, "from_config", None) or kind._from_config
         with torch.device("meta"):
-            built = getattr(transformers, auto).from_config(config, dtype=torch.bfloat16).eval()
+            built = make(config, dtype=torch.bfloat16).eval()
     except Exception as error:  # whatever a class of transformers may raise is the answer
         because = f"not built from its default config: {type(error).__name__}: {_short(error)}"
         return row | {"status": "does not", "because": because}
