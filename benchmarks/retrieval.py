@@ -1,11 +1,18 @@
 """How near to the speed of the hardware is exact retrieval by Eq. 4, and how does it compare with faiss?
 
-Draws embeddings with cosines like CLIP's (image .1 to .35, caption .3 to .9) into memory-mapped files; prints
-a table and writes `results/retrieval.json`, a list of {work, who, value, unit, ratio, machine}. DACO's own
-`ratio` is the share of the matrix product's rate measured right before and after (for memory: of 2 GiB), that
-of others how many times longer they take. Times are by the clock and in seconds of all threads on processors,
-which others at work on the machine disturb less. `faiss` is compared where it is installed: two inner-product
-searches, one an image and one a caption, which do not give Eq. 4. On a GPU: `--full --device cuda`.
+Draws embeddings with cosines like CLIP's (image .1 to .35, caption .3 to .9) into memory-mapped files;
+prints a table and writes `results/retrieval.json`, a list of {work, who, value, unit, ratio, machine,
+part}. DACO's own `ratio` is the share of the machine's rate: the fastest of several matrix products that
+torch has, measured right before and after (for memory: the share of 2 GiB). That of others is how many
+times longer they take; torch.mm stands beside the fastest product, since the two are far apart on some
+processors. Times are by the clock and in seconds of all threads on processors, which others at work on the
+machine disturb less. `faiss` is compared where it is installed: two inner-product searches, one an image
+and one a caption, which do not give Eq. 4.
+
+Every part writes its rows on its own (`--parts speed,faiss,memory,growth`), so that a machine need not be
+free for long; rows of the other parts stay. Files of embeddings are kept in `--data`, if that is given. The
+whole of CC-3M on a GPU: `--full --device cuda --rounds 1` (10 GB on disk, read memory-mapped; `--pairs`
+makes it smaller).
 """
 
 import argparse
@@ -19,20 +26,33 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from builders.retrieval import Corpus, Engine, Floats, Searched, draw_places, draw_pool, exhaustive, search
+from builders.retrieval import (
+    Corpus,
+    Engine,
+    Floats,
+    Searched,
+    draw_places,
+    draw_pool,
+    exhaustive,
+    onednn_product,
+    search,
+)
 
 RESULTS = Path(__file__).parent / "results" / "retrieval.json"
 TOP_K, POOL, LATENT = 32, 65_536, 24
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GROWTH = (50_000, 100_000, 200_000, 400_000, 800_000)
 FULL = (15_000, 3_300_000, 768)
+SQUARE = 4096
+"""Side of the square matrices whose product's rate is measured beside that of our shapes."""
+PARTS = ("speed", "faiss", "memory", "growth")
 
 
 # Data.
@@ -71,17 +91,23 @@ class World:
 
 
 def write_pairs(world: World, folder: Path, n: int, block: int = 10_000) -> tuple[Floats, Floats]:
-    """float16 files of n pairs, opened memory-mapped."""
+    """float16 files of n pairs, opened memory-mapped; those that are there already are taken."""
+    names = [folder / f"{side}-{world.width}-{n}.npy" for side in ("images", "texts")]
+    if not all(name.is_file() for name in names):
+        _write(world, [name.with_suffix(".part") for name in names], n, block)
+        for name in names:
+            name.with_suffix(".part").rename(name)
+    images, texts = (np.load(name, mmap_mode="r") for name in names)
+    return images, texts
+
+
+def _write(world: World, names: list[Path], n: int, block: int) -> None:
     sides = [
-        np.lib.format.open_memmap(folder / name, mode="w+", dtype=np.float16, shape=(n, world.width))
-        for name in ("images.npy", "texts.npy")
+        np.lib.format.open_memmap(name, mode="w+", dtype=np.float16, shape=(n, world.width)) for name in names
     ]
     for start in range(0, n, block):
         for side, rows in zip(sides, world.pairs(start // block, min(block, n - start)), strict=True):
             side[start : start + block] = rows
-    del sides
-    images, texts = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "texts.npy"))
-    return images, texts
 
 
 def corpus_of(images: Floats, texts: Floats) -> Corpus:
@@ -89,6 +115,12 @@ def corpus_of(images: Floats, texts: Floats) -> Corpus:
 
 
 # Measuring.
+
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+"""Computes `a @ b.T`, given a, b and a place for the result, which it may use."""
+Sides = tuple[Floats, Floats]
+"""Embeddings of images and captions."""
 
 
 class Took(NamedTuple):
@@ -108,44 +140,55 @@ def took(call: Callable[[], Any], device: str) -> Took:
     return Took(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def peak(dtype: str, width: int, device: str, least: float = 2.0) -> Took:
-    """Rate of matrix products in flop/s and in flop per processor second: the best of several shapes, each
-    kept up for `least` s."""
-    rates = []
-    for m, n, d in ((4096, 4096, 4096), (512, 4096, width), (2048, 8192, width)):
+def products(dtype: str, device: str) -> dict[str, Product]:
+    """Ways in which torch multiplies, by name."""
+    found: dict[str, Product] = {"torch.mm": lambda a, b, out: torch.mm(a, b.T, out=out)}
+    onednn = onednn_product() if (dtype, device) == ("float32", "cpu") else None
+    if onednn:
+        found["oneDNN"] = lambda a, b, out: onednn(a, b)
+    return found
+
+
+def peaks(dtype: str, width: int, device: str, least: float) -> dict[str, Took]:
+    """Rates of matrix products in flop/s and in flop per processor second: of each way the best of several
+    shapes, each kept up for `least` s."""
+    rates = {name: Took(0.0, 0.0) for name in products(dtype, device)}
+    for m, n, d in ((SQUARE, SQUARE, SQUARE), (512, 4096, width), (768, 2048, width), (2048, 8192, width)):
         left = torch.randn(m, d, device=device).to(DTYPES[dtype])
         right = torch.randn(n, d, device=device).to(DTYPES[dtype])
         out = torch.empty(m, n, dtype=DTYPES[dtype], device=device)
-        torch.mm(left, right.T, out=out)
-        times, wall, cpu = 0, 0.0, 0.0
-        while wall < least:
-            one = took(lambda: torch.mm(left, right.T, out=out), device)  # noqa: B023
-            times, wall, cpu = times + 1, wall + one.wall, cpu + one.cpu
-        flop = 2 * m * n * d * times
-        rates.append((flop / wall, flop / cpu))
-    return Took(max(rate[0] for rate in rates), max(rate[1] for rate in rates))
+        for name, product in products(dtype, device).items():
+            product(left, right, out)
+            times, wall, cpu = 0, 0.0, 0.0
+            while wall < least:
+                one = took(lambda: product(left, right, out), device)  # noqa: B023
+                times, wall, cpu = times + 1, wall + one.wall, cpu + one.cpu
+            flop, best = 2 * m * n * d * times, rates[name]
+            rates[name] = Took(max(best.wall, flop / wall), max(best.cpu, flop / cpu))
+    return rates
 
 
-def retrieve(queries: Floats, corpus: Corpus, dtype: str, device: str) -> Searched:
+def retrieve(queries: Floats, corpus: Corpus, dtype: str, arguments: argparse.Namespace) -> Searched:
     """What the stage asks of the search: the nearest and negatives of every concept."""
     pool = draw_pool(len(corpus), POOL, 0)
     draws = [draw_places(f"user:{i}", len(pool), TOP_K, 0) for i in range(len(queries))]
-    engine = Engine(dtype, device)
+    engine = Engine(dtype, arguments.device, arguments.memory)
     return search(queries, corpus, TOP_K, pool=pool, draws=draws, n_negative=TOP_K, engine=engine)
 
 
-def share(queries: Floats, corpus: Corpus, dtype: str, device: str) -> dict[str, float]:
-    """Seconds of a search, the rates of the matrix product before and after, and its share of their mean."""
-    width = corpus.images.width
-    before = peak(dtype, width, device)
-    search_took = took(lambda: retrieve(queries, corpus, dtype, device), device)
-    after = peak(dtype, width, device)
+def share(queries: Floats, corpus: Corpus, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a search, the rates of matrix products before and after, and its share of the best."""
+    width, device = corpus.images.width, arguments.device
+    before = peaks(dtype, width, device, arguments.least)
+    search_took = took(lambda: retrieve(queries, corpus, dtype, arguments), device)
+    after = peaks(dtype, width, device, arguments.least)
     flop = 4 * len(queries) * len(corpus) * width
-    wall, cpu = ((before[i] + after[i]) / 2 for i in (0, 1))
+    rates = {name: Took(*((before[name][i] + after[name][i]) / 2 for i in (0, 1))) for name in before}
+    wall, cpu = (max(rate[i] for rate in rates.values()) for i in (0, 1))
     return {
         "seconds": search_took.wall,
         "cpu": search_took.cpu,
-        "peak": wall,
+        "peaks": rates,
         "share": flop / search_took.wall / wall,
         "cpu_share": flop / search_took.cpu / cpu,
     }
@@ -191,14 +234,14 @@ def memory_of(call: Callable[[], Any]) -> float:
     return most[0] - before
 
 
-def check(queries: Floats, corpus: Corpus, dtype: str, device: str) -> None:
+def check(queries: Floats, corpus: Corpus, dtype: str, arguments: argparse.Namespace) -> None:
     """Some answers against the float64 pass.
 
     Raises:
         AssertionError: one differs.
     """
     chosen = np.linspace(0, len(queries) - 1, 16).astype(int)
-    found = retrieve(queries[chosen], corpus, dtype, device)
+    found = retrieve(queries[chosen], corpus, dtype, arguments)
     slow = exhaustive(queries[chosen], corpus, TOP_K)
     for one, other in zip(found.nearest.rows, slow.rows, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -227,102 +270,148 @@ def row(work: str, who: str, value: float, unit: str, ratio: float) -> dict[str,
     return {"work": work, "who": who, "value": value, "unit": unit, "ratio": round(ratio, 3)}
 
 
-def speed(
-    queries: Floats, images: Floats, texts: Floats, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Rows of the main size: both dtypes and faiss in turns, the median round of each counts."""
-    corpus, rounds = corpus_of(images, texts), []
-    for number in range(arguments.rounds):
-        turn: dict[str, Any] = {d: share(queries, corpus, d, arguments.device) for d in DTYPES}
-        turn["faiss"] = faiss_took(queries, images, texts, arguments.threads)
-        rounds.append(turn)
-        print(f"round {number}: load {os.getloadavg()[0]:.1f} {turn}", flush=True)
-    work = f"{size(len(queries), len(images), images.shape[1])}, top {TOP_K} + {TOP_K} negatives"
-    return [one for dtype in DTYPES for one in _speed_rows(f"{work}, {dtype}", dtype, rounds)]
+def main_work(arguments: argparse.Namespace, dtype: str) -> str:
+    pairs = size(arguments.concepts, arguments.pairs, arguments.width)
+    return f"{pairs}, top {TOP_K} + {TOP_K} negatives, {dtype}"
 
 
-def _speed_rows(work: str, dtype: str, rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def median(values: Iterable[float]) -> float:
-        return statistics.median(values)
-
-    wall = median(turn[dtype]["seconds"] for turn in rounds)
-    part = median(turn[dtype]["share"] for turn in rounds)
-    cpu = median(turn[dtype]["cpu"] for turn in rounds)
-    cpu_part = median(turn[dtype]["cpu_share"] for turn in rounds)
-    rate = median(turn[dtype]["peak"] for turn in rounds) / 1e9
-    rows = [
-        row(work, "daco", round(wall, 1), "s", part),
-        row(work, "daco", round(cpu, 1), "processor s", cpu_part),
-        row(work, "matrix product alone", round(rate, 1), "Gflop/s", part),
-    ]
-    if rounds[0]["faiss"]:
-        for i, unit, key in ((0, "s", "seconds"), (1, "processor s", "cpu")):
-            value = median(turn["faiss"][i] for turn in rounds)
-            ratio = median(turn["faiss"][i] / turn[dtype][key] for turn in rounds)
-            rows.append(row(work, "faiss.IndexFlatIP twice", round(value, 1), unit, ratio))
-    return rows
+def speed(queries: Floats, sides: Sides, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of the main size in both dtypes; the median round of each counts."""
+    corpus = corpus_of(*(side[: arguments.pairs] for side in sides))
+    for dtype in arguments.dtypes:
+        check(queries, corpus, dtype, arguments)
+        rounds = []
+        for number in range(arguments.rounds):
+            rounds.append(share(queries, corpus, dtype, arguments))
+            print(f"round {number}: load {os.getloadavg()[0]:.1f} {dtype} {rounds[-1]}", flush=True)
+        yield from _speed_rows(main_work(arguments, dtype), rounds)
 
 
-def growth(
-    queries: Floats, images: Floats, texts: Floats, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
+def _speed_rows(work: str, rounds: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    middle = {
+        key: statistics.median(turn[key] for turn in rounds)
+        for key in ("seconds", "cpu", "share", "cpu_share")
+    }
+    yield row(work, "daco", round(middle["seconds"], 1), "s", middle["share"])
+    yield row(work, "daco", round(middle["cpu"], 1), "processor s", middle["cpu_share"])
+    flop = statistics.median(turn["share"] * turn["seconds"] * _best(turn, 0) for turn in rounds)
+    for name in rounds[0]["peaks"]:
+        for i, unit, key in ((0, "Gflop/s", "seconds"), (1, "Gflop a processor s", "cpu")):
+            rate = statistics.median(turn["peaks"][name][i] for turn in rounds)
+            yield row(
+                f"{work}: its product alone", name, round(rate / 1e9, 1), unit, flop / rate / middle[key]
+            )
+
+
+def _best(turn: dict[str, Any], i: int) -> float:
+    return float(max(rate[i] for rate in turn["peaks"].values()))
+
+
+def faiss_rows(queries: Floats, sides: Sides, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Two searches of the same data by faiss, between two of ours."""
+    images, texts = (side[: arguments.pairs] for side in sides)
+    corpus = corpus_of(images, texts)
+    ours = [took(lambda: retrieve(queries, corpus, "float32", arguments), arguments.device)]
+    theirs = faiss_took(queries, images, texts, arguments.threads)
+    ours.append(took(lambda: retrieve(queries, corpus, "float32", arguments), arguments.device))
+    for i, unit in ((0, "s"), (1, "processor s")):
+        if theirs:
+            ratio = theirs[i] / statistics.mean(one[i] for one in ours)
+            work = main_work(arguments, "float32")
+            yield row(work, "faiss.IndexFlatIP twice", round(theirs[i], 1), unit, ratio)
+
+
+def memory(queries: Floats, sides: Sides, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The most memory taken beside the embeddings."""
+    corpus = corpus_of(*(side[: arguments.pairs] for side in sides))
+    for dtype in arguments.dtypes:
+        used = memory_of(lambda: retrieve(queries, corpus, dtype, arguments))  # noqa: B023
+        work = f"{main_work(arguments, dtype)}, memory beside the embeddings"
+        yield row(work, "daco", round(used), "MiB", used / 2048)
+
+
+def growth(queries: Floats, sides: Sides, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of rising corpora, and what they say of CC-3M."""
-    rows, per_flop = [], 0.0
-    for n in (n for n in GROWTH if n <= len(images)):
-        found = share(queries, corpus_of(images[:n], texts[:n]), "float32", arguments.device)
-        work = f"{size(len(queries), n, images.shape[1])}, memory-mapped"
-        rows.append(row(work, "daco", round(found["cpu"], 2), "processor s", found["cpu_share"]))
-        per_flop = found["cpu"] / (4 * len(queries) * n * images.shape[1])
-        print(f"growth {n}: {found}", flush=True)
-    there = per_flop * 4 * np.prod([float(number) for number in FULL])
-    last = rows[-1]["ratio"]
-    rows.append(row(f"{size(*FULL)}, extrapolated", "daco", round(there), "processor s", last))
-    return rows
+    queries = queries[:2_000]
+    for dtype in arguments.dtypes:
+        found: dict[str, Any] = {}
+        for n in GROWTH:
+            corpus = corpus_of(*(side[:n] for side in sides))
+            found = share(queries, corpus, dtype, arguments)
+            work = f"{size(len(queries), n, arguments.width)}, memory-mapped, {dtype}"
+            yield row(work, "daco", round(found["cpu"], 2), "processor s", found["cpu_share"])
+            print(f"growth {n}: {found}", flush=True)
+        per_flop = found["cpu"] / (len(queries) * GROWTH[-1] * arguments.width)
+        there = per_flop * np.prod([float(number) for number in FULL])
+        work = f"{size(*FULL)}, extrapolated, {dtype}"
+        yield row(work, "daco", round(there), "processor s", found["cpu_share"])
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(folder: Path, arguments: argparse.Namespace) -> None:
+    """Measure the parts asked for; each one's rows are written when it is done."""
     world = World(arguments.width, seed=0)
-    queries = world.concepts(arguments.concepts)
-    most = max(arguments.pairs, 0 if arguments.full or arguments.no_growth else GROWTH[-1])
-    images, texts = write_pairs(world, folder, most)
-    main = images[: arguments.pairs], texts[: arguments.pairs]
-    for dtype in DTYPES:
-        check(queries, corpus_of(*main), dtype, arguments.device)
-    rows = speed(queries, *main, arguments)
-    used = memory_of(lambda: retrieve(queries, corpus_of(*main), "float32", arguments.device))
-    work = f"{size(len(queries), len(main[0]), arguments.width)}, memory beside the embeddings"
-    rows.append(row(work, "daco", round(used), "MiB", used / 2048))
-    if most > arguments.pairs:
-        rows += growth(queries[:2_000], images, texts, arguments)
-    return rows
+    queries = np.asarray(world.concepts(arguments.concepts), dtype=np.float32)
+    most = max(arguments.pairs, GROWTH[-1] if "growth" in arguments.parts else 0)
+    sides = write_pairs(world, folder, most)
+    parts = {"speed": speed, "faiss": faiss_rows, "memory": memory, "growth": growth}
+    for part in arguments.parts:
+        write_rows(part, list(parts[part](queries, sides, arguments)), arguments)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--concepts", type=int, default=15_000)
-    parser.add_argument("--pairs", type=int, default=200_000)
-    parser.add_argument("--width", type=int, default=512)
+def write_rows(part: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print a part's rows and put them into the results, in place of those of the same work and machine."""
+    for one in rows:
+        print(f"{one['work']:<90} {one['who']:<24} {one['value']:>9} {one['unit']:<20} x {one['ratio']}")
+    fresh = [one | {"machine": machine(arguments), "part": part} for one in rows]
+    there = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else []
+    replaced = {(one["work"], one["who"], one["unit"]) for one in fresh}
+    kept = [one for one in there if (one["work"], one["who"], one["unit"]) not in replaced]
+    table = sorted(kept + fresh, key=lambda one: PARTS.index(one["part"]))
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--concepts", type=int, help="default 15,000")
+    parser.add_argument("--pairs", type=int, help="default 200,000")
+    parser.add_argument("--width", type=int, help="default 512")
+    parser.add_argument(
+        "--full", action="store_true", help=f"CC-3M by default: {size(*FULL)}; speed and memory"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--full", action="store_true", help=f"the whole of CC-3M: {size(*FULL)}")
-    parser.add_argument("--no-growth", action="store_true", help="the main size only")
+    parser.add_argument("--memory", type=int, help="MiB of working memory; default: 1536, on a GPU 16384")
+    parser.add_argument("--least", type=float, default=1.0, help="seconds for which a product is kept up")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--parts", help=f"of {','.join(PARTS)}; default: all")
+    parser.add_argument(
+        "--data", type=Path, help="folder where embeddings are kept; default: a temporary one"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    if arguments.full:
-        arguments.concepts, arguments.pairs, arguments.width = FULL
+    arguments = parser.parse_args(given)
+    default = FULL if arguments.full else (15_000, 200_000, 512)
+    for name, number in zip(("concepts", "pairs", "width"), default, strict=True):
+        setattr(arguments, name, getattr(arguments, name) or number)
+    arguments.memory = arguments.memory or (1536 if arguments.device == "cpu" else 16_384)
+    parts = arguments.parts or ("speed,memory" if arguments.full else ",".join(PARTS))
+    arguments.parts, arguments.dtypes = parts.split(","), arguments.dtypes.split(",")
+    for name, known in (("parts", PARTS), ("dtypes", tuple(DTYPES))):
+        if not set(getattr(arguments, name)) <= set(known):
+            parser.error(f"--{name}: expected some of {','.join(known)}, got {getattr(arguments, name)}")
     return arguments
 
 
-def main() -> None:
-    arguments = parse()
+def main(given: Sequence[str] | None = None) -> None:
+    arguments = parse(given)
     torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        table = [one | {"machine": machine(arguments)} for one in measure(Path(folder), arguments)]
-    for one in table:
-        print(f"{one['work']:<75} {one['who']:<24} {one['value']:>9} {one['unit']:<8} x {one['ratio']}")
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        folder = arguments.data or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        measure(folder, arguments)
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def search(
         engine: How to compute.
 
     Raises:
-        RecipeError: the memory allowed is too small for one query.
+        RecipeError: the memory allowed is too small for one query, or torch is set to round float32 products.
         FormatError: queries and corpus have different widths.
 
     Source:
@@ -255,6 +255,7 @@ def search(
         )
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     engine = engine or Engine()
+    _check_products(torch.device(engine.device))
     pool = np.empty(0, np.int64) if pool is None else pool
     with _Workers(engine) as workers:
         parts = [
@@ -277,14 +278,20 @@ class _Workers:
     """As many threads as torch has, each with one of its own: no operation waits for the other threads."""
 
     def __init__(self, engine: Engine) -> None:
-        self.n = 1 if engine.device.startswith("cuda") else torch.get_num_threads()
+        self.cuda = engine.device.startswith("cuda")
+        self.n = 1 if self.cuda else torch.get_num_threads()
 
     def __enter__(self) -> "_Workers":
+        self.reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        if self.cuda:  # sums in bfloat16 are no part of the error's bound
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.threads = ThreadPoolExecutor(self.n, initializer=torch.set_num_threads, initargs=(1,))
         return self
 
     def __exit__(self, *error: object) -> None:
         self.threads.shutdown(cancel_futures=True)
+        if self.cuda:
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self.reduced
         if self.n > 1:
             torch.set_num_threads(self.n)  # the threads' own setting was everybody's
 
@@ -380,6 +387,23 @@ def onednn_product() -> Callable[[Tensor, Tensor], Tensor] | None:
     return lambda a, b: linear(a, b, None, "none", [], "")
 
 
+def _check_products(device: torch.device) -> None:
+    """Some settings of torch round the factors of float32 products; no bound holds for those.
+
+    Raises:
+        RecipeError: one of them is on.
+    """
+    unit = torch.eye(128, device=device)
+    fine = unit * (1 + 2.0**-12)  # which TF32 and bfloat16 do not tell from 1
+    onednn = onednn_product() if device.type == "cpu" else None
+    for product in (onednn or torch.mm, torch.mm):
+        if not torch.equal(product(fine, unit), fine):
+            raise RecipeError(
+                "expected float32 products in float32, got factors of lower precision; "
+                'call torch.set_float32_matmul_precision("highest") and unset ONEDNN_DEFAULT_FPMATH_MODE'
+            )
+
+
 def _sizes(n: int, width: int, engine: Engine, n_workers: int) -> tuple[int, int]:
     """(stimuli, concepts) scored at once: blocks and their products take a quarter of the memory each."""
     quarter = engine.memory * 2**20 // 4
@@ -469,7 +493,7 @@ class _Proposer:
 
     def _cosines(self, asked: Tensor, sides: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Rounded (image, text) cosines [tile, block]; a thread's next ones take their place."""
-        if asked.dtype == torch.float32 and self.device.type == "cpu" and (onednn := onednn_product()):
+        if asked.dtype == torch.float32 and asked.device.type == "cpu" and (onednn := onednn_product()):
             return onednn(asked, sides[0]), onednn(asked, sides[1])
         image, text = (
             self._buffer(name, len(asked), len(sides[0]), asked.dtype) for name in ("image", "text")

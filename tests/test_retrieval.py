@@ -239,3 +239,29 @@ def test_what_does_not_belong_together_is_refused() -> None:
 def test_cuda_gives_the_same(dtype: str) -> None:
     found, expected = looked_up(*made(clip_like), dtype=dtype, device="cuda")
     assert rows_of(found) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_onednn_the_answer_is_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr("builders.retrieval.onednn_product", lambda: None)
+    found, expected = looked_up(*made(clip_like), dtype=dtype)
+    assert rows_of(found) == expected
+
+
+def test_products_of_rounded_factors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.bfloat16() @ b.bfloat16().T).float()
+
+    monkeypatch.setattr("builders.retrieval.onednn_product", lambda: rounded)
+    with pytest.raises(RecipeError, match="expected float32 products in float32"):
+        looked_up(*made(clip_like))
+
+
+def test_rows_that_rounding_moves_far_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound grows with the rows that are met; what was dropped before by a smaller one is found again."""
+    monkeypatch.setattr("builders.retrieval.MOVED", 0.0)
+    monkeypatch.setattr("builders.retrieval.MARGIN", {"float32": 0, "bfloat16": 0})
+    for kind in (clip_like, nearly_tied, rising):
+        found, expected = looked_up(*made(kind), dtype="bfloat16", block=32)
+        assert rows_of(found) == expected
+        assert found.answered["bfloat16"] < 7

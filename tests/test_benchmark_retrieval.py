@@ -1,0 +1,54 @@
+"""The benchmark of retrieval in small: its parts, its table, and CC-3M as far as a CPU can show it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import benchmarks.retrieval as benchmark
+
+SMALL = ["--concepts", "40", "--pairs", "700", "--width", "48", "--least", "0.001", "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "SQUARE", 64)
+    monkeypatch.setattr(benchmark, "GROWTH", (300, 600))
+
+
+def test_the_whole_of_cc_3m_is_this_command_in_small(tmp_path: Path) -> None:
+    arguments = benchmark.parse(["--full", "--device", "cuda"])
+    assert (arguments.concepts, arguments.pairs, arguments.width) == (15_000, 3_300_000, 768)
+    assert arguments.parts == ["speed", "memory"]
+    assert arguments.memory == 16_384
+    out = tmp_path / "out.json"
+    benchmark.main(["--full", *SMALL, "--out", str(out)])
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    assert {row["part"] for row in rows} == {"speed", "memory"}
+    assert all(row["work"].startswith("40 concepts x 700 pairs x 48") and row["machine"] for row in rows)
+    for dtype in ("float32", "bfloat16"):
+        found = [row for row in rows if row["who"] == "daco" and row["work"].endswith(dtype)]
+        assert {row["unit"] for row in found} == {"s", "processor s"}
+        assert all(row["ratio"] >= 0 for row in found)
+    assert {row["who"] for row in rows} >= {"daco", "torch.mm"}
+
+
+def test_a_part_replaces_its_own_rows_and_leaves_the_others(tmp_path: Path) -> None:
+    out, data = tmp_path / "out.json", tmp_path / "data"
+    given = [*SMALL, "--dtypes", "float32", "--out", str(out), "--data", str(data)]
+    benchmark.main([*given, "--parts", "growth"])
+    grown = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["work"].split(" x ")[1] for row in grown] == ["300 pairs", "600 pairs", "3,300,000 pairs"]
+    written = {path: path.stat().st_mtime_ns for path in data.iterdir()}
+    benchmark.main([*given, "--parts", "memory"])
+    benchmark.main([*given, "--parts", "memory"])
+    both = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["part"] for row in both] == ["memory", "growth", "growth", "growth"]
+    assert both[1:] == grown
+    assert {path: path.stat().st_mtime_ns for path in data.iterdir()} == written
+
+
+def test_parts_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--parts", "speed,spead"])
+    assert "--parts: expected some of speed,faiss,memory,growth" in capsys.readouterr().err
