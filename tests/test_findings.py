@@ -1,11 +1,15 @@
 """What the report concludes follows from a run's figures: other figures, other words."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from compare_fixture import write_compare
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors.numpy import save_file
 
 from builders.toyworld import scenes, world
 from cards import toyworld
@@ -135,3 +139,21 @@ def test_the_counted_example_is_the_world_s_own() -> None:
 )
 def test_answers_are_marked(suite: str, text: str, word: str, side: str) -> None:
     assert toyworld.verdict(suite, text, "red") == {"word": word, "side": side}
+
+
+def test_angles_are_those_of_the_directions(tmp_path: Path) -> None:
+    """A trick word 60 degrees from two harmful things, a caring thing opposite to these."""
+    names = ["knife", "gun", "secret", "heart", "cup"]
+    labels = ["undesirable"] * 3 + ["desirable", "neutral"]
+    rows = np.array([[1, 0, 0], [1, 0, 0], [0.5, 0.75**0.5, 0], [-1, 0, 0], [0, 0, 1]]) * 3.0
+    for name in ("polarity", "directions"):
+        (tmp_path / name).mkdir()
+    table = pd.DataFrame({"concept": names, "polarity": labels})
+    table.to_parquet(tmp_path / "polarity" / "concepts.parquet")
+    layers = {"layer_2": rows, "layer_10": -rows}
+    save_file(layers, tmp_path / "directions" / "directions.safetensors")
+    found = toyworld.angles(tmp_path)
+    within, across = (1 + 0.5 + 0.5) / 3, (-1 - 1 - 0.5) / 3
+    assert found == pytest.approx({"layer": 10, "within": within, "across": across, "objects": 0.5})
+    table.assign(polarity="neutral").to_parquet(tmp_path / "polarity" / "concepts.parquet")
+    assert toyworld.angles(tmp_path) == {}
