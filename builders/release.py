@@ -26,6 +26,7 @@ from builders.directions import load_dictionary
 from builders.recipe import Recipe, model_name, public_recipe, repo_name
 from builders.stages import Work, done
 from builders.steering import TUNING, load_layer, read_tuning, release_setting, steering_config
+from builders.train_sae import threshold_form
 from daco.dictionary import ConceptDictionary
 from daco.errors import DacoError, IntegrityError, RecipeError
 from daco.manifest import (
@@ -327,10 +328,7 @@ def write_model(work: Work, folder: Path, dataset: Mapping[str, Any]) -> None:
         source = work.upstream("sae") / layer_folder(layer)
         training[str(layer)] = facts = json.loads((source / "facts.json").read_text("utf-8"))
         sae = load_layer(work.upstream("sae"), work.upstream("atoms"), layer, dictionary, setting.eta)
-        if facts["activation"] == "topk":  # the others are released in the form in which they steer
-            form = {"jumprelu_threshold": facts["threshold"], "jumprelu_agreement": facts["agreement"]}
-            sae = dataclasses.replace(sae, **form)
-        write_layer(folder, sae, dictionary.model)
+        write_layer(folder, dataclasses.replace(sae, **threshold_form(facts)), dictionary.model)
     config = _config(work.recipe, dictionary, dataset, training)
     config["steering"] = steering_config(setting, dictionary.layers)
     config["training"] |= _measured(evaluation.get("sae", {}))

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,18 @@ def jump_form(training: Training, train: Tokens, held_out: Tokens) -> Agreement 
     else:
         return None
     return agreement(held_out, weights, config, threshold)
+
+
+def threshold_form(facts: Mapping[str, Any]) -> dict[str, float]:
+    """What a release says of the JumpReLU form, by `facts.json` of a layer; empty for ReLU and JumpReLU.
+
+    Of a TopK its threshold and how both forms agree; a BatchTopK is released in that form, with its threshold
+    for all atoms, so that the agreement is left to say.
+    """
+    if "agreement" not in facts:
+        return {}
+    threshold = {"jumprelu_threshold": facts["threshold"]} if facts["activation"] == "topk" else {}
+    return threshold | {"jumprelu_agreement": facts["agreement"]}
 
 
 RELEASED_AS = {"batchtopk": "jumprelu"}

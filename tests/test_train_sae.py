@@ -168,7 +168,7 @@ def test_dictionary_start_beats_random_start(upstream):
     assert fve_at_start() > fve_at_start(start="random") + 0.1
 
 
-@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_is_written_in_a_form_that_can_be_used(upstream, activation):
     trained(upstream, activation=activation)
     folder = upstream / "sae" / "layers.1"
@@ -177,11 +177,15 @@ def test_every_activation_is_written_in_a_form_that_can_be_used(upstream, activa
     assert facts["trained_as"] == activation
     z = Rows(draw(20, D_MODEL).float())
     assert sae.encode(5 * z.z).shape == (20, 37)
-    if activation == "batchtopk":
+    said = stage.threshold_form(facts)
+    if activation == "topk":
+        assert said == {"jumprelu_threshold": facts["threshold"], "jumprelu_agreement": facts["agreement"]}
+    elif activation == "batchtopk":
         assert 0 < facts["agreement"] <= 1
-        assert sae.threshold.unique().numel() == 1
+        assert said == {"jumprelu_agreement": facts["agreement"]}
+        assert sae.threshold.unique().item() == pytest.approx(facts["threshold"])
     else:
-        assert "agreement" not in facts
+        assert said == {}
 
 
 def test_atoms_default_to_concepts_rounded_up(upstream):
