@@ -18,6 +18,9 @@ HARM = ("unsafe", "unsafe_unseen_cues")
 ALLOWED = 0.02
 """What a chosen setting may lose of questions answered right, on the items it was chosen on."""
 
+ALIKE = 0.5
+"""Cosines above this are called one line."""
+
 Row = Mapping[str, Any]
 
 
@@ -76,6 +79,7 @@ def findings(results: Row, angles: Mapping[str, float]) -> dict[str, Any] | None
         "projection_level": "projection" in methods and not behind(methods["projection"], ours),
         "starts": _starts(results),
         "angles": {name: cosine(value) for name, value in angles.items() if name != "layer"},
+        "one_line": min(angles.get("within", 0.0), angles.get("objects", 0.0)) > ALIKE,
         "layer": angles.get("layer"),
         "lost": _lost(methods),
     }

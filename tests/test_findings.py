@@ -64,6 +64,14 @@ def test_that_projection_does_as_well_is_said_only_where_it_does(results: dict[s
     )
 
 
+def test_one_line_is_the_reason_only_where_directions_are_alike(results: dict[str, Any]) -> None:
+    for within, objects, alike in ((0.876, 0.92, True), (0.3, 0.92, False), (0.876, 0.3, False)):
+        found = findings(results, ANGLES | {"within": within, "objects": objects})
+        assert found is not None
+        assert found["one_line"] is alike
+    assert findings(results, {})["one_line"] is False  # type: ignore[index]
+
+
 def test_that_it_works_and_what_it_costs_follow_from_the_intervals(results: dict[str, Any]) -> None:
     assert "It works here." in said(results)
     costly, idle, free = (copy.deepcopy(results) for _ in range(3))
