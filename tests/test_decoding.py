@@ -203,6 +203,22 @@ def test_decoding(family: Family, mode: str, scopes: tuple[str, ...]) -> None:
         assert report.forwards > N_NEW + 2
 
 
+@few
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("scopes", [("all",), ("generated",), ("last",)], ids="+".join)
+def test_where_counting_would_wait_for_a_device(
+    family: Family, scopes: tuple[str, ...], beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daco.steering._counting_waits", lambda device: True, raising=False)
+    model, sae = model_of(family), sae_of(family, "topk")
+    inputs, expected = expected_of(family, [Edit(sae, (1,))], scopes, num_beams=beams)
+    with steer(model, PerRow([None, SAESteering(sae, gamma=GAMMA)]), scope=scopes) as run:
+        found = answer(family, inputs, num_beams=beams)
+    assert_same(found, expected, answer(family, inputs, num_beams=beams))
+    row = {name: tensor[1:] for name, tensor in inputs.items()}
+    assert run.report().layers[0].positions == counts(row, scopes, beams)
+
+
 class Fed(NamedTuple):
     """One forward of a cached generation of one row."""
 

@@ -501,7 +501,9 @@ def test_a_text_model_is_steered_and_has_no_images() -> None:
     assert run.report().layers[0].positions == {"image": 0, "prompt": 48, "generated": 0}
 
 
-def test_a_padded_single_token_is_untouched() -> None:
+@pytest.mark.parametrize("waits", [False, True], ids=["counted first", "counted later"])
+def test_a_padded_single_token_is_untouched(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daco.steering._counting_waits", lambda device: waits, raising=False)
     model = text_model("LlamaConfig").double().eval()
     ids, mask = torch.tensor([[5], [7]]), torch.tensor([[1], [0]])
     with capture(model, [1]) as captured:
