@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from builders.vision import ensure_torchvision
 
@@ -41,7 +41,9 @@ CHAT = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% 
 """Of no guard: the answer is not shown."""
 
 
-def write_guard(folder: Path, template: str, says: dict[str, str], positions: int = 256) -> Path:
+def write_guard(
+    folder: Path, template: str, says: dict[str, str], positions: int = 256, pads: bool = True
+) -> Path:
     """Save a guard and its tokenizer.
 
     Args:
@@ -50,12 +52,13 @@ def write_guard(folder: Path, template: str, says: dict[str, str], positions: in
         says: What it says, by the word that is in the conversation; the word `""` leads to it anyway. Of
             several, the later ones win.
         positions: Tokens it can read.
+        pads: Whether the tokenizer has a token to pad with.
     """
     ensure_torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     words = ["<unk>", *[word for word in says if word], *dict.fromkeys(says.values())]
-    tokenizer = _tokenizer(words, list(says.values()), template)
+    tokenizer = _tokenizer(words, list(says.values()), template, pads)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -77,7 +80,7 @@ def write_guard(folder: Path, template: str, says: dict[str, str], positions: in
     return folder
 
 
-def _tokenizer(words: list[str], said: list[str], template: str) -> Any:
+def _tokenizer(words: list[str], said: list[str], template: str, pads: bool) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -87,8 +90,12 @@ def _tokenizer(words: list[str], said: list[str], template: str) -> Any:
         tokenizer_object=backend,
         unk_token="<unk>",
         eos_token="<|stop|>",
-        pad_token="<|pad|>",
+        pad_token="<|pad|>" if pads else None,
         additional_special_tokens=["<|begin|>", "<|end|>"],
+    )
+    begin = tokenizer.convert_tokens_to_ids("<|begin|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<|begin|> $A", special_tokens=[("<|begin|>", begin)]
     )
     tokenizer.chat_template = template
     return tokenizer
@@ -113,6 +120,7 @@ def _script(model: Any, tokenizer: Any, says: dict[str, str]) -> None:
             float(model.lm_head.weight[ids(text), mark]), 10.0**number
         )
         model.lm_head.weight[tokenizer.eos_token_id, ids(text)] = 1e6
-    mark, pad, unknown = HIDDEN - 1 - len(says), tokenizer.pad_token_id, tokenizer.unk_token_id
+    mark, unknown = HIDDEN - 1 - len(says), tokenizer.unk_token_id
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     layer.self_attn.o_proj.weight[mark, pad] = 1.0
-    model.lm_head.weight[unknown, [mark, pad]] = 1e8
+    model.lm_head.weight[unknown, [mark, pad, unknown]] = 1e8

@@ -133,6 +133,25 @@ def test_a_batch_says_what_each_says_alone(folders: dict[str, Path]) -> None:
         assert batched.digest == alone.digest
 
 
+def test_a_guard_without_a_token_to_pad_with_is_padded(tmp_path: Path) -> None:
+    bare = write_guard(tmp_path / "bare", LLAMA_TEXT, LLAMA_SAYS, pads=False)
+    assert values(judge_of(f"guard:{bare}", dtype="float32", batch=3), ["bomb", "well " * 30, "x"]) == [
+        1,
+        0,
+        0,
+    ]
+
+
+def test_a_prompt_begins_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[list[int]] = []
+    monkeypatch.setattr(Guard, "_batch_says", lambda self, ids: shown.extend(ids) or ["safe"] * len(ids))
+    guard = Guard(str(folders["llama"]))
+    guard.say([item()], ["x"])
+    begin = guard._tokenizer.convert_tokens_to_ids("<|begin|>")
+    assert guard._tokenizer("x")["input_ids"][0] == begin  # as Llama's tokenizers do
+    assert (shown[0][0], shown[0].count(begin)) == (begin, 1)
+
+
 def test_the_guards_weights_decide(folders: dict[str, Path], tmp_path: Path) -> None:
     other = write_guard(tmp_path / "llama", LLAMA_TEXT, {"": "unsafe\nS2", "bomb": "safe"})
     judge, turned = (judge_of(f"guard:{f}", dtype="float32") for f in (folders["llama"], other))
