@@ -17,7 +17,7 @@ import torch
 
 from builders.clip import Clip, clip_of
 from builders.embeddings import Embeddings, load_embeddings
-from builders.knn_service import Service, propose, search_candidates, search_negatives
+from builders.knn_service import Service, propose, recall, search_candidates, search_negatives
 from builders.recipe import StimuliConfig
 from builders.retrieval import (
     Corpus,
@@ -36,6 +36,9 @@ from daco.tables import LINKS, read_table, write_table
 
 CANDIDATES = LINKS.set(LINKS.get_field_index("dist"), pa.field("dist", pa.float64()))
 """Columns of a shard: positives by rank, negatives in the order of drawing."""
+
+CHECKED = 8
+"""Concepts whose stimuli from a service are compared with the exact ones, in one pass over the corpus."""
 
 FEW = 20
 """A corpus of fewer than this many stimuli a positive is small: the last positives have little to do with
@@ -74,6 +77,7 @@ def find_candidates(
     seed: int,
     engine: Engine | None = None,
     source_rows: Ints | None = None,
+    checked: int = 0,
 ) -> tuple[pa.Table, Counter[str]]:
     """Candidates of some concepts, near-duplicates dropped.
 
@@ -87,10 +91,11 @@ def find_candidates(
         seed: The run's seed.
         engine: How to compute; by default as `config` says.
         source_rows: Of every corpus row the row of the index, where a service proposes.
+        checked: Concepts whose stimuli from a service are compared with the exact ones.
 
     Returns:
-        A table of CANDIDATES, and counts: near_duplicate_image, near_duplicate_caption, and `by_<dtype>`, the
-        concepts that a pass in that dtype settled.
+        A table of CANDIDATES, and counts: near_duplicate_image, near_duplicate_caption, `by_<dtype>`, the
+        concepts that a pass in that dtype settled, and of a service that was checked `recall_percent`.
     """
     draws = [draw_places(row["concept_id"], len(pool), config.n_positive, seed) for row in concepts]
     engine = engine or engine_of(config)
@@ -100,6 +105,8 @@ def find_candidates(
         nearest = _by_service(queries, corpus, k, config, source_rows)
         negatives = search_negatives(queries, corpus, nearest.rows, pool, draws, n, engine)
         counts["by_service"] = len(concepts)
+        if checked:
+            counts["recall_percent"] = _recall_percent(nearest, queries, corpus, k, checked, engine)
     else:
         found = search(queries, corpus, k, pool=pool, draws=draws, n_negative=n, engine=engine)
         nearest, negatives = found.nearest, found.negatives
@@ -121,6 +128,16 @@ def _by_service(
     rows[source_rows] = np.arange(len(source_rows))
     service = Service(config.service, config.index, config.proposals)
     return search_candidates(queries, corpus, k, propose(service, queries, rows))
+
+
+def _recall_percent(
+    found: Found, queries: Floats, corpus: Corpus, k: int, checked: int, engine: Engine
+) -> int:
+    """Of the exact k nearest of some concepts, evenly chosen, the share that was found, rounded down."""
+    chosen = np.unique(np.linspace(0, len(queries) - 1, checked).astype(np.int64))
+    exact = search(queries[chosen], corpus, k, engine=engine).nearest
+    some = Found([found.rows[i] for i in chosen], [found.scores[i] for i in chosen])
+    return int(100 * recall(some, exact))
 
 
 def _rows(concepts: Sequence[dict[str, Any]], found: Found, role: str, ids: Sequence[str]) -> pa.Table:
@@ -258,6 +275,7 @@ def run(work: Work) -> None:
                 config,
                 work.seed,
                 source_rows=embeddings.source_rows,
+                checked=0 if start else CHECKED,
             )
             write_table(folder / "candidates.parquet", table)
             write_atomic(folder / "counts.json", canonical_json(counts))
@@ -295,8 +313,14 @@ def _join(work: Work, n_concepts: int, n_stimuli: int) -> None:
         )
     write_table(work.folder / "links.parquet", pa.Table.from_pandas(links, LINKS, preserve_index=False))
     dropped = +(summed_counts(shards) + Counter({"over_max_uses": counts.pop("over_max_uses", 0)}))
-    settled = {name: dropped.pop(name) for name in list(dropped) if name.startswith("by_")}
+    settled = {name: dropped.pop(name) for name in list(dropped) if name.startswith(("by_", "recall_"))}
     work.log("settled", **settled)
+    if "recall_percent" in settled:
+        print(
+            f"stimuli.service found {settled['recall_percent']} % of the exact answers "
+            f"of {CHECKED} concepts; raise stimuli.proposals for more",
+            file=sys.stderr,
+        )
     work.drop_shards()
     n_out = links["concept_id"].nunique()
     found = len(set(candidates["concept_id"].to_pylist()))

@@ -11,7 +11,9 @@ import pytest
 from test_retrieval import N_NEGATIVE, SEED, clip_like, draws_of, made, rows_of
 
 from builders.knn_service import Service, propose, recall, search_candidates, search_negatives
+from builders.recipe import StimuliConfig
 from builders.retrieval import Corpus, Engine, draw_pool, search
+from builders.stimuli import find_candidates
 from daco.errors import CorpusError, FormatError
 
 
@@ -86,6 +88,28 @@ def test_with_few_proposed_some_are_missed_and_the_rest_is_in_order(service: str
     assert 0.1 < recall(found, exact) < 1.0
     for scores in found.scores:
         assert (np.diff(scores.dist) >= 0).all()
+
+
+def test_candidates_from_a_service_tell_how_many_exact_answers_they_hold(service: str) -> None:
+    corpus, queries = made(clip_like)
+    Knn.corpus = corpus
+    concepts = [{"concept_id": f"user:c{i}", "concept": f"c{i}"} for i in range(len(queries))]
+    ids = [f"{i:016x}" for i in range(len(corpus))]
+    source = np.arange(len(corpus)) * 3 // 2
+    told = []
+    for proposals in (7, 203):
+        config = StimuliConfig(n_positive=6, service=service, index="x", proposals=proposals)
+        table, counts = find_candidates(
+            concepts, queries, corpus, ids, np.arange(41), config, SEED, source_rows=source, checked=5
+        )
+        assert table.num_rows
+        told.append(counts["recall_percent"])
+    assert 10 < told[0] < 100
+    assert told[1] == 100
+    _, unchecked = find_candidates(
+        concepts, queries, corpus, ids, np.arange(41), config, SEED, source_rows=source
+    )
+    assert "recall_percent" not in unchecked
 
 
 def test_a_service_that_fails_is_asked_again_and_then_named(service: str) -> None:
