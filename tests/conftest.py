@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from builders.vision import ensure_torchvision
+
 CAPTIONS = [
     "a red circle beside a blue square",
     "two green triangles on a wide white ground, seen from far above",
@@ -15,6 +17,7 @@ CAPTIONS = [
 ]
 
 torch.set_num_threads(1)
+ensure_torchvision()  # before anything of transformers is imported, whichever test comes first
 
 
 def tiny(kind: str, **sizes: int) -> tuple[Any, Any]:
