@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -145,7 +145,7 @@ def _download(repo: str, name: str, **options: Any) -> Path:
         raise ArtefactNotFoundError(
             f"expected an existing folder or a repo id `org/name`, got {repo!r}"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise HubUnavailableError(
             f"{where}: could not fetch {name}: {type(error).__name__}; try again"
         ) from error
@@ -159,7 +159,7 @@ def _no_repo(repo: str, where: str, kind: str, token: str | bool | None) -> str:
     other = "dataset" if kind == "model" else "model"
     try:
         HfApi(token=token).repo_info(repo, repo_type=other, timeout=10)
-    except (HfHubHTTPError, OSError, ValueError):
+    except (HTTPError, OSError, ValueError):
         return (
             f"expected a folder or a {kind} repo {where}, got neither; check the name and your login "
             "(`hf auth login`)"

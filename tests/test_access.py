@@ -94,7 +94,10 @@ def test_prompts_leave_only_to_a_gated_repo(local_hub: LocalHub, tmp_path: Path)
     ],
 )
 def test_prompts_are_found_in_tables_of_text(
-    local_hub: LocalHub, tmp_path: Path, name: str, content: bytes
+    local_hub: LocalHub,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+    content: bytes,
 ) -> None:
     folder = write_model_release(tmp_path / "release", extra_files={name: content})
     assert [one.where for one in plan(folder, target(local_hub)).refusals] == ["prompts"]

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, unquote, urlencode
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -192,6 +192,8 @@ class Hub:
             return await self._dispatch(request)
         except ApiError as error:
             return error_response(error)
+        except ClientDisconnect:  # it has given up waiting, and reads no answer
+            return error_response(ApiError(400, "expected the whole body, the client left"))
 
     async def _dispatch(self, request: Request) -> Response:
         endpoint, names = find_endpoint(request)
