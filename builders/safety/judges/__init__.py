@@ -91,7 +91,7 @@ def check_spec(spec: str, base_url: str = "") -> None:
     """Raise RecipeError where there is no such judge; loads and asks nothing."""
     kind, colon, name = spec.strip().partition(":")
     alone = kind in ("rule", "choice", "likelihood") and not colon
-    guard = kind == "guard" and bool(name.strip("@"))
+    guard = kind == "guard" and bool(name.partition("@")[0])
     endpoint = kind in ("endpoint", "fluency") and bool(colon) and bool(name or base_url)
     if not (alone or guard or endpoint):
         raise RecipeError(f"judge: expected one of {list(SPECS)}, got {spec!r}")
