@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import small_sae
 import torch
+from conftest import inputs_of, tiny
 from test_sites import text_model
-from test_steering import KINDS, METHODS, Case
+from test_steering import KINDS, METHODS, Case, TupleBlock
 from torch import nn
 
 from daco import PerRow, attach, find_trunk, steer, wrap
+from daco.capture import capture
 from daco.errors import ModelMismatchError, NothingToSteerError, SteeringConflictError, UnknownLayerError
 from daco.methods import ActAdd, SAESteering
 from daco.sites import ModelFacts
@@ -89,6 +91,47 @@ def test_a_compiled_forward_is_one_graph_and_follows_wrapping_and_removal(activa
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     assert (found - before).abs().max() > 1e-3
     torch.testing.assert_close(compiled(**inputs).logits, before)
+
+
+def test_half_precision_streams_keep_their_dtype() -> None:
+    model, processor = tiny("llava")
+    model.bfloat16()
+    inputs = inputs_of(processor).to(dtype=torch.bfloat16)
+    method = SAESteering(small_sae.steering_sae(ModelFacts.of(model), dtype=torch.float32))
+    with steer(model, method), capture(model, [1, 2]) as hooked:
+        hooked.run(**inputs)
+    with wrap(model, method), capture(model, [1, 2]) as wrapped:
+        wrapped.run(**inputs)
+    kept = inputs["attention_mask"].bool()
+    for layer in (1, 2):
+        found = wrapped.activations[layer]
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found[kept], hooked.activations[layer][kept])
+
+
+def test_blocks_that_return_tuples_still_do(llava: Case) -> None:
+    method = SAESteering(llava.sae(), layers=[1])
+    before = llava.stream(1)
+    with steer(llava.model, method):
+        expected = llava.stream(1)
+    layers, seen = find_trunk(llava.model).layers, []
+
+    def unpack(_module: Any, _args: Any, output: Any) -> Any:
+        seen.append(output)
+        return output[0]
+
+    block, layers[1] = layers[1], TupleBlock(layers[1])
+    handle = layers[1].register_forward_hook(unpack)  # the stock trunk wants a Tensor
+    try:
+        with wrap(llava.model, method):
+            llava.logits()
+    finally:
+        handle.remove()
+        layers[1] = block
+    kept = llava.masks()["all"]
+    assert seen[0][1] == "rest"
+    torch.testing.assert_close(seen[0][0][kept], expected[kept], rtol=0, atol=1e-9)
+    assert (expected - before)[kept].abs().max() > 1e-2
 
 
 def test_a_model_is_steered_by_one_at_a_time(llava: Case) -> None:
