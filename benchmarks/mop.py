@@ -4,16 +4,17 @@ Draws dictionaries of unit rows (random; with a mean |cosine| of .3 by a part th
 the penalty that leaves about 60 coefficients, and solves the elastic net of DESIGN 4.7 until the duality gap
 is within `TOL` of `1/2 ||z||^2`. scikit-learn stops at the same gap. It is given its best: cyclic and random
 selection, without and with a Gram matrix made beforehand, `fit_intercept=False`, `copy_X=False`, float32 in
-Fortran order, inputs not checked (`check_input=False`, `assume_finite=True`); beside a batch also its
-products with the dictionary, for nothing. All are tried on a few tokens; the one of least processor time
-meets DACO in turns, in an order that is drawn anew each round.
+Fortran order, inputs not checked (`check_input=False`, `assume_finite=True`). All are tried on a few tokens;
+the one of least processor time meets DACO in turns, in an order that is drawn anew each round. `daco` has the
+dictionary and its rows in bytes (a quarter of it, `daco.coarse`), as MOP has by default; `Gram kept` has the
+Gram matrix too (`keep_gram`). Products of a batch with the dictionary are made at once; a token's share of
+them is in everyone's time.
 
 Prints a table and writes `results/mop.json`, a list of {work, who, value, unit, ratio, machine}: times are a
 token's, by the clock and of the processor, which others at work on the machine disturb less. `ratio` is how
 many times longer than DACO another takes, the median over rounds. DACO's own is the share of the limit
 (gaps: of 1e-4); of its times, scikit-learn's ratio over the one that is asked for (15 at batch 64, 5 at
-batch 1). PaCE's solvers were measured once, on random rows and 2 threads of a like
-machine.
+batch 1). PaCE's solvers were measured once, on random rows and 2 threads of a like machine.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from benchmarks.retrieval import Took, took
+from daco.coarse import Coarse, usable
 from daco.sparse_coding import duality_gap, elastic_net
 
 RESULTS = Path(__file__).parent / "results" / "mop.json"
@@ -67,6 +69,7 @@ class World(NamedTuple):
     z: Tensor
     alpha: Tensor
     gram: Tensor
+    coarse: Coarse | None
 
 
 class Turn(NamedTuple):
@@ -106,16 +109,17 @@ def worlds(arguments: argparse.Namespace) -> Iterator[tuple[str, World]]:
     """One after the other: a Gram matrix is 900 MB."""
     n, d = arguments.atoms, arguments.width
     common = normalize(torch.randn(d, generator=torch.Generator().manual_seed(9)), dim=-1)
-    rows, gram, last = torch.empty(0), torch.empty(0), -1.0
+    rows, gram, coarse, last = torch.empty(0), torch.empty(0), None, -1.0
     for kind, (share, of_targets) in KINDS.items():
         if share != last:
             rows = draw(n, d, share, common, seed=1)
             gram, last = rows @ rows.T, share
+            coarse = Coarse.of(rows) if arguments.device == "cpu" and usable(rows) else None
         z = 60 * draw(arguments.batch, d, of_targets, common, seed=2)
         fraction = fraction_for(z[:16], rows, gram, arguments.coefficients)
         cosine = float(gram[:500, 500:1000].abs().mean())
         print(f"{kind}: mean |cos| {cosine:.3f}, alpha {fraction:.3f} of the largest", flush=True)
-        yield kind, World(rows, z, products_of(z, rows, fraction), gram)
+        yield kind, World(rows, z, products_of(z, rows, fraction), gram, coarse)
 
 
 # The two.
@@ -125,7 +129,7 @@ def daco(world: World, tokens: slice, with_gram: bool, device: str) -> Callable[
     """Codes of some tokens, the products with the dictionary included."""
     D, z, alpha = (part.to(device) for part in (world.D, world.z[tokens], world.alpha[tokens]))
     gram = world.gram.to(device) if with_gram else None
-    return lambda: elastic_net(z, D, alpha, TAU, tol=TOL, gram=gram).code
+    return lambda: elastic_net(z, D, alpha, TAU, tol=TOL, gram=gram, coarse=world.coarse).code
 
 
 def of_sklearn(world: World, tokens: slice, setting: str, batch: int) -> Callable[[], np.ndarray]:
@@ -156,10 +160,19 @@ def best_setting(world: World, tokens: slice, batch: int) -> tuple[str, dict[str
     """The setting of least processor time, and all of them a token."""
     found = {}
     for setting in tqdm(SETTINGS, "scikit-learn's settings", disable=None):
-        solve = of_sklearn(world, tokens, setting, batch)
-        solve()
-        found[setting] = per_token(took(solve, "cpu"), tokens)
+        of_sklearn(world, tokens, setting, batch)()
+        found[setting] = sklearn_took(world, tokens, setting, batch)
     return min(found, key=lambda name: found[name].cpu), found
+
+
+def sklearn_took(world: World, tokens: slice, setting: str, batch: int) -> Took:
+    """Time a token, its share of a batch's products with the dictionary included where they are given."""
+    one = per_token(took(of_sklearn(world, tokens, setting, batch), "cpu"), tokens)
+    if batch == 1 or "Gram" not in setting:
+        return one
+    whole = slice(0, batch)
+    made = per_token(took(lambda: world.z[whole] @ world.D.T, "cpu"), whole)
+    return Took(one.wall + made.wall, one.cpu + made.cpu)
 
 
 def per_token(one: Took, tokens: slice) -> Took:
@@ -179,8 +192,7 @@ def rounds_of(world: World, settings: dict[int, str], arguments: argparse.Namesp
         turn = Turn({}, {})
         for who in order.sample([*variants, *settings], len(variants) + len(settings)):
             if isinstance(who, int):
-                solve = of_sklearn(world, some, settings[who], who)
-                turn.sklearn[who] = per_token(took(solve, "cpu"), some)
+                turn.sklearn[who] = sklearn_took(world, some, settings[who], who)
             else:
                 turn.daco[who] = daco_took(world, who, some, arguments)
         turns.append(turn)

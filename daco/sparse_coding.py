@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from daco.coarse import Coarse, Near, settle
+
 CHUNK = 256
 """Rows solved at a time: about five arrays `[CHUNK, n_atoms]` are alive at once."""
 
@@ -21,8 +23,11 @@ least."""
 GROUP = 16
 """Rows on a CPU that are solved together, on working sets as large as the neediest of them asks for."""
 
-NEAR = 0.96
+NEAR = 0.98
 """Atoms whose pull is above this share of the L1 penalty get a place in the working set."""
+
+LONE = 32
+"""Rows up to which a dictionary that is known coarsely is worth it beside a Gram matrix."""
 
 MANY, NEWCOMERS = 256, 96
 """Where more atoms than MANY (or than the code has) pull that hard, most pull for a part that they share:
@@ -32,7 +37,7 @@ SMALL, WHOLE_ROUNDS, ROUND = 1_024, 30, 10
 """Dictionaries of at most SMALL atoms are tried whole first, rows on one Gram matrix: WHOLE_ROUNDS of ROUND
 accelerated steps at most; what is not certified by then is solved on working sets."""
 
-TURNS, STEPS, MOST_STEPS, NEWTON_STEPS = 20, 16, 512, 8
+TURNS, STEPS, MOST_STEPS, NEWTON_STEPS = 20, 8, 512, 8
 """On a working set: turns at most; accelerated steps in the first turn, twice as many in each further one, up
 to a limit; Newton steps in each."""
 
@@ -63,6 +68,10 @@ class _Penalty(NamedTuple):
     def strength(self, pull: Tensor) -> Tensor:
         """How hard atoms are drawn into the code; a new tensor."""
         return pull.clone() if self.non_negative else pull.abs()
+
+    def most(self, pull: Near) -> Tensor:
+        """How hard they may be drawn, where it is not known exactly."""
+        return self.strength(pull.value).add_(pull.slack)
 
     def shrink(self, c: Tensor, step: Tensor) -> Tensor:
         """The L1 part's proximal step."""
@@ -113,6 +122,8 @@ def elastic_net(
     max_rounds: int = 100,
     correlation: Tensor | None = None,
     gram: Tensor | None = None,
+    coarse: Coarse | None = None,
+    relative: bool = False,
 ) -> SparseCode:
     """Minimise `1/2 ||z - c D||^2 + alpha (tau ||c||_1 + (1 - tau)/2 ||c||^2)` for each row.
 
@@ -122,7 +133,7 @@ def elastic_net(
     Args:
         z: `[n, d_model]`.
         D: `[n_atoms, d_model]`, rows of norm 1.
-        alpha: `[n]`, absolute penalty of each row.
+        alpha: `[n]`, penalty of each row; absolute, or `relative`.
         tau: Share of the L1 penalty, in (0, 1].
         non_negative: Only coefficients >= 0.
         tol: Gap that is accepted, as a fraction of `1/2 ||z||^2`; float32 allows about 1e-5.
@@ -130,20 +141,30 @@ def elastic_net(
         correlation: `z D^T` where it is known, `[n, n_atoms]`.
         gram: `D D^T`, `[n_atoms, n_atoms]`, where there is room for it (900 MB for 15,000 atoms in float32):
             saves the products with the dictionary after the first.
+        coarse: `Coarse.of(D)`, a quarter of its size, where `daco.coarse.usable`: most products are then made
+            with it, and those that decide anything with the dictionary. Codes are as good, sooner.
+        relative: Whether alpha is a fraction of `max|D z| / tau`, above which codes are zero.
 
     Source: working sets as in Massias et al. 2018 (arXiv 1802.07481); steps on them by Beck and Teboulle 2009
     with restarts (O'Donoghue and Candes 2015), then Newton's on the signs found (Lee et al. 2006).
     scikit-learn's ElasticNet has `alpha / d_model` for alpha and `l1_ratio` for tau.
     """
     dtype = torch.promote_types(D.dtype, torch.float32)
-    wide, D, alpha = z.to(dtype), D.to(dtype), alpha.to(dtype)[:, None]
-    gram = None if gram is None else gram.to(dtype)
-    penalty = _Penalty(alpha * tau, alpha * (1 - tau), non_negative)
+    wide, alpha = z.to(dtype), alpha.to(dtype)[:, None]
+    D, gram = D.to(dtype), None if gram is None else gram.to(dtype).contiguous()
+    known = _Dictionary(D, gram, coarse if gram is None or len(z) <= LONE else None)
     code, gap = wide.new_zeros(len(z), len(D)), wide.new_zeros(len(z))
     for part in _parts(len(z), CHUNK):
-        q = wide[part] @ D.T if correlation is None else correlation[part].to(dtype)
+        here = wide[part]
+        q = (
+            known.products(here)
+            if correlation is None
+            else Near(correlation[part].to(dtype), here.new_zeros(()))
+        )
+        most = alpha[part] * known.largest(q, here) / tau if relative else alpha[part]
         solve = _solve if len(D) > SMALL else _solve_small
-        code[part], gap[part] = solve(wide[part], q, D, penalty.of(part), tol, max_rounds, gram)
+        penalty = _Penalty(most * tau, most * (1 - tau), non_negative)
+        code[part], gap[part] = solve(here, q, known, penalty, tol, max_rounds)
     return SparseCode(code.to(z.dtype), gap.to(z.dtype), gap <= tol * _half(wide))
 
 
@@ -168,50 +189,85 @@ def duality_gap(
     return _certificate(z, residual, c, residual @ D.T - penalty.l2 * c, penalty)
 
 
+class _Dictionary(NamedTuple):
+    """The dictionary, and what is known of it beforehand."""
+
+    D: Tensor
+    """`[n_atoms, d_model]`."""
+    gram: Tensor | None
+    """`[n_atoms, n_atoms]`."""
+    coarse: Coarse | None
+
+    def products(self, z: Tensor) -> Near:
+        """Products with all atoms, `[n, n_atoms]`."""
+        if self.coarse is None or len(self.D) <= SMALL:
+            return Near(z @ self.D.T, z.new_zeros(()))
+        return self.coarse.products(z)
+
+    def largest(self, q: Near, z: Tensor) -> Tensor:
+        """The largest size of the products, `[n, 1]`."""
+        size = q.value.abs()
+        if not q.exact:
+            where = size + q.slack >= (size - q.slack).amax(-1, keepdim=True)
+            size = torch.where(where, settle(q, where, z, self.D).abs(), 0)
+        return size.amax(-1, keepdim=True)
+
+
 def _solve(
-    z: Tensor, q: Tensor, D: Tensor, penalty: _Penalty, tol: float, max_rounds: int, gram: Tensor | None
+    z: Tensor, q: Near, known: _Dictionary, penalty: _Penalty, tol: float, max_rounds: int
 ) -> tuple[Tensor, Tensor]:
     """Codes and gaps of some rows; a row leaves when it is certified, or when nothing more changes."""
-    code = torch.zeros_like(q)
-    gap = _certificate(z, z, code, q, penalty)
+    code = torch.zeros_like(q.value)
+    gap = _certificate(z, z, code, penalty.most(q), penalty)
     # below the rounding of what is computed on a working set there is nothing to gain
     inner = max(0.1 * tol, 4 * torch.finfo(z.dtype).eps)
     rows = (gap > tol * _half(z)).nonzero().squeeze(-1)
-    pull = q[rows]
+    pull = q.value[rows]
     for _ in range(max_rounds):
         if not len(rows):
             break
-        some, here, old = penalty.of(rows), z[rows], code[rows]
+        some, here, old, mine = penalty.of(rows), z[rows], code[rows], q.of(rows)
         new, residual, changed = torch.zeros_like(old), here.clone(), rows < 0
         for part, atoms in _working_sets(pull, old, some):
             before = old[part].gather(1, atoms)
-            c = _solve_sets(here[part], q[rows[part]], D, atoms, before, some.of(part), inner, gram)
+            c = _solve_sets(here[part], mine.of(part), known, atoms, before, some.of(part), inner)
             new[part] = torch.zeros_like(old[part]).scatter_(1, atoms, c)
-            residual[part] -= _sum_of(D, atoms, c)
+            residual[part] -= _sum_of(known.D, atoms, c)
             changed[part] = (c != before).any(-1)
-            if gram is not None:
-                pull[part] = q[rows[part]] - _sum_of(gram, atoms, c)
-        pull = (residual @ D.T if gram is None else pull).sub_(some.l2 * new)
+            if known.gram is not None:
+                pull[part] = mine.value[part] - _sum_of(known.gram, atoms, c)
+        near = known.products(residual) if known.gram is None else Near(pull, mine.slack)
+        pull = _pull(near, residual, new, known.D, some)
         code[rows], gap[rows] = new, _certificate(here, residual, new, pull, some)
         going = (gap[rows] > tol * _half(here)) & changed
         rows, pull = rows[going], pull[going]
     return code, gap
 
 
+def _pull(near: Near, residual: Tensor, c: Tensor, D: Tensor, penalty: _Penalty) -> Tensor:
+    """The negative gradient of the smooth part; where it is not exact, it is within the L1 penalty."""
+    own, value = penalty.l2 * c, near.value
+    if not near.exact:
+        where = penalty.most(Near(value - own, near.slack)) > penalty.l1
+        value = settle(near, where, residual, D)
+    return value.sub_(own)
+
+
 def _solve_small(
-    z: Tensor, q: Tensor, D: Tensor, penalty: _Penalty, tol: float, max_rounds: int, gram: Tensor | None
+    z: Tensor, q: Near, known: _Dictionary, penalty: _Penalty, tol: float, max_rounds: int
 ) -> tuple[Tensor, Tensor]:
     """Codes and gaps of some rows by accelerated steps on all atoms, which few rows need more than."""
-    G = D @ D.T if gram is None else gram
+    D = known.D
+    G = D @ D.T if known.gram is None else known.gram
     top = torch.linalg.eigvalsh(G)[-1]
-    code = torch.zeros_like(q)
-    gap = _certificate(z, z, code, q, penalty)
+    code = torch.zeros_like(q.value)
+    gap = _certificate(z, z, code, q.value, penalty)
     rows = (gap > tol * _half(z)).nonzero().squeeze(-1)
     state = _start(code[rows])
     for _ in range(min(max_rounds, WHOLE_ROUNDS)):
         if not len(rows):
             return code, gap
-        some, here = penalty.of(rows), q[rows]
+        some, here = penalty.of(rows), q.value[rows]
         step = 1 / (top + some.l2)
         for _ in range(ROUND):
             pull = here - state.ahead @ G - some.l2 * state.ahead
@@ -221,7 +277,7 @@ def _solve_small(
         code[rows], gap[rows] = state.c, _certificate(z[rows], residual, state.c, pull, some)
         going = gap[rows] > tol * _half(z[rows])
         rows, state = rows[going], _State(*(part[going] for part in state))
-    code[rows], gap[rows] = _solve(z[rows], q[rows], D, penalty.of(rows), tol, max_rounds, gram)
+    code[rows], gap[rows] = _solve(z[rows], q.of(rows), known, penalty.of(rows), tol, max_rounds)
     return code, gap
 
 
@@ -251,25 +307,24 @@ def _working_sets(pull: Tensor, code: Tensor, penalty: _Penalty) -> Iterator[tup
 
 
 def _solve_sets(
-    z: Tensor,
-    q: Tensor,
-    D: Tensor,
-    atoms: Tensor,
-    c: Tensor,
-    penalty: _Penalty,
-    tol: float,
-    gram: Tensor | None,
+    z: Tensor, q: Near, known: _Dictionary, atoms: Tensor, c: Tensor, penalty: _Penalty, tol: float
 ) -> Tensor:
     """Codes on working sets, `[n, w]`, of as many rows at a time as there is room for."""
-    width = atoms.shape[1]
-    numbers = width * (4 * width + (D.shape[1] if gram is None else 0))
+    width, whole = atoms.shape[1], q.exact and known.gram is not None
+    numbers = width * (4 * width + (0 if whole else known.D.shape[1]))
     found = []
     for part in _parts(len(z), max(1, ROOM // numbers)):
         some = atoms[part]
-        G = _gram(D[some]) if gram is None else gram[some[:, :, None], some[:, None, :]]
-        problem = _Set(G, q[part].gather(1, some), _half(z[part]), penalty.of(part))
-        found.append(_descend(problem, c[part], tol))
+        rows = known.D[some[:, :0]] if whole else known.D[some]
+        G = _gram(rows) if known.gram is None else _block(known.gram, some)
+        own = q.value[part].gather(1, some) if q.exact else (rows @ z[part, :, None]).squeeze(-1)
+        found.append(_descend(_Set(G, own, _half(z[part]), penalty.of(part)), c[part], tol))
     return torch.cat(found)
+
+
+def _block(gram: Tensor, atoms: Tensor) -> Tensor:
+    """The Gram matrices of some atoms, `[n, w, w]`; one index is looked up sooner than two."""
+    return gram.view(-1).take(atoms[:, :, None] * len(gram) + atoms[:, None, :])
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from daco.coarse import Coarse, usable
 from daco.methods.coding import ConceptRemoval
 from daco.methods.method import number
 from daco.pursuit import matching_pursuit
-from daco.sparse_coding import elastic_net
+from daco.sparse_coding import SMALL, elastic_net
 
 if TYPE_CHECKING:
     from daco.dictionary import ConceptDictionary
@@ -22,13 +23,13 @@ class _SparseCoding(ConceptRemoval):
         """Codes of activations `[n, d_model] -> [n, n_concepts]`."""
         w = self._weights[layer].on(z.device)
         z = z.to(w.D.dtype)
-        return self._code(z if w.centre is None else z - w.centre, w)
+        return self._code(layer, z if w.centre is None else z - w.centre, w)
 
     def strengths(self, layer: int, z: Tensor, w: Any) -> Tensor:
         """The code's columns of undesirable concepts."""
         return self.code(layer, z)[:, w.undesirable]
 
-    def _code(self, z: Tensor, w: Any) -> Tensor:
+    def _code(self, layer: int, z: Tensor, w: Any) -> Tensor:
         raise NotImplementedError
 
     def _place_all(
@@ -69,8 +70,8 @@ class MOP(_SparseCoding):
         layers: Only these layers; None is all.
         tol: Duality gap that is accepted, as a fraction of `1/2 ||z||^2`.
         max_rounds: Rounds of the solver at most; codes that are not certified by then are used and reported.
-        keep_gram: Keep `D D^T` of each layer (900 MB for 15,000 concepts in float32): faster, most of all
-            token by token on a CPU.
+        keep_gram: Keep `D D^T` of each layer (900 MB for 15,000 concepts in float32): faster. On a CPU the
+            dictionary is kept in bytes too, a quarter of its size, whether or not.
         dtype: Of code and delta.
         on_empty: `raise` where no concept is undesirable, or `pass`.
 
@@ -107,6 +108,7 @@ class MOP(_SparseCoding):
         super().__init__(dictionary, gamma, layers, on_empty)
         self._place_all(dictionary, dtype, centre, keep_gram)
         self._uncertified: dict[torch.device, Tensor] = {}
+        self._coarse: dict[int, Coarse] = {}
 
     def __str__(self) -> str:
         return f"MOP, alpha {self.alpha:g}, tau {self.tau:g}, gamma {self.gamma:g}"
@@ -117,22 +119,30 @@ class MOP(_SparseCoding):
         missed = f"{count} codes not certified within {self.max_rounds} rounds; raise max_rounds or tol"
         return super().notes() + ([missed] if count else [])
 
-    def _code(self, z: Tensor, w: Any) -> Tensor:
-        correlation = z @ w.D.T
+    def _code(self, layer: int, z: Tensor, w: Any) -> Tensor:
         solved = elastic_net(
             z,
             w.D,
-            self.alpha * correlation.abs().amax(-1) / self.tau,
+            z.new_full((len(z),), self.alpha),
             self.tau,
             non_negative=self.non_negative,
             tol=self.tol,
             max_rounds=self.max_rounds,
-            correlation=correlation,
             gram=w.gram,
+            coarse=self._coarsely(layer, w.D),
+            relative=True,
         )
         uncertified = (~solved.certified).sum()
         self._uncertified[z.device] = self._uncertified.get(z.device, 0) + uncertified
         return solved.code
+
+    def _coarsely(self, layer: int, D: Tensor) -> Coarse | None:
+        """The layer's dictionary in bytes, made when it is first of use."""
+        if not usable(D) or len(D) <= SMALL:
+            return None
+        if layer not in self._coarse:
+            self._coarse[layer] = Coarse.of(D)
+        return self._coarse[layer]
 
 
 class OMP(_SparseCoding):
@@ -179,5 +189,5 @@ class OMP(_SparseCoding):
     def __str__(self) -> str:
         return f"OMP, k {self.k}, gamma {self.gamma:g}"
 
-    def _code(self, z: Tensor, w: Any) -> Tensor:
+    def _code(self, layer: int, z: Tensor, w: Any) -> Tensor:
         return matching_pursuit(z, w.D, self.k, gram=w.gram)
