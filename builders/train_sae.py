@@ -210,7 +210,8 @@ def token_split(shards: Sequence[Path], position: int, holdout: float) -> tuple[
 def _train_layer(work: Work, layer: int, train: TokenShards, held_out: TokenShards, raw: Tensor) -> None:
     n_atoms = work.recipe.sae.n_atoms or default_atoms(len(raw))
     config = dataclasses.replace(work.recipe.sae, n_atoms=n_atoms)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # with its number: safetensors takes a bare "cuda" for the first GPU, whichever this process of many has
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     kept = _checkpoints(work, layer)
     directions = raw if config.start == "dictionary" else None
     concepts = None if directions is None else unit_rows(directions, train.d_model).to(device)
