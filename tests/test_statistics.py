@@ -180,6 +180,14 @@ def test_groups_that_agree_within_narrow_the_interval() -> None:
     assert interval(outcomes, 0, groups).high > 0.55
 
 
+def test_groups_of_unlike_size_count_as_fewer_items() -> None:
+    # each group weighs 1/2: 1 / (1 x (1/2)^2 + 99 x (1/198)^2) = 3.96 items
+    groups = ["a"] + ["b"] * 99
+    n = 1 / (1 / 4 + 99 / 198**2)
+    assert rate(np.zeros((1, 100)), 0, groups).high == pytest.approx(1.959964**2 / (n + 1.959964**2))
+    assert paired(np.zeros((1, 100)), np.zeros((1, 100)), 0, groups).high > 0.4
+
+
 def test_groups_of_other_items_are_refused() -> None:
     with pytest.raises(ValueError, match="groups: expected one an item, 4, got 3"):
         rate(np.zeros((1, 4)), 0, ["a", "b", "c"])
