@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -101,7 +101,7 @@ def resolve(
             "repo_type": kind,
             "token": token,
             "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
+            "local_files_only": local_files_only or constants.HF_HUB_OFFLINE,
         }
         commit, manifest = _manifest(str(repo_or_folder), revision, options)
         snapshot = Snapshot(str(repo_or_folder), commit, manifest, None, options)

@@ -33,6 +33,7 @@ from daco.errors import DacoError
 from daco.manifest import MANIFEST, read_manifest
 from hub import remote, retry
 from hub.local.server import client_env
+from hub.plan import Access
 from hub.publish import publish
 from hub.remote import Target
 from hub.stage import stage
@@ -40,9 +41,14 @@ from hub.verify import verify
 
 REPO = "org/DACO-tiny"
 
+ACCESS = Access(gated="manual")
+"""Every cell gates its repo too, so that these calls are among those that break."""
+
 ENDPOINTS = {
     "list refs": ("GET", "/refs$"),
     "create repo": ("POST", "/repos/create$"),
+    "repo facts": ("GET", "/api/datasets/[^/]+/[^/]+$"),
+    "gate": ("PUT", "/settings$"),
     "list files": ("GET", "/tree/"),
     "how to upload": ("POST", "/preupload/"),
     "LFS batch": ("POST", "/objects/batch$"),
@@ -132,7 +138,7 @@ def release() -> Path:
 def undisturbed() -> dict[str, Any]:
     """What a Hub holds after it was published in peace."""
     with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as hub:
-        publish(release(), target(hub))
+        publish(release(), target(hub), ACCESS)
         return held(hub)
 
 
@@ -142,6 +148,7 @@ def held(hub: LocalHub) -> dict[str, Any]:
     refs = api.list_repo_refs(REPO, repo_type="dataset")
     files = api.list_repo_tree(REPO, repo_type="dataset", recursive=True, revision="v1.0.0")
     return {
+        "gated": api.repo_info(REPO, repo_type="dataset").gated,
         "commits": [commit.title for commit in api.list_repo_commits(REPO, repo_type="dataset")],
         "tags": {tag.name: tag.target_commit for tag in refs.tags},
         "files": {file.path: file.blob_id for file in files if isinstance(file, RepoFile)},
@@ -162,7 +169,7 @@ def cell(endpoint: str, fault: str, nth: int) -> Outcome:
         errors = 0
         while errors < 3:
             try:
-                publish(release(), target(hub))
+                publish(release(), target(hub), ACCESS)
                 break
             except DacoError:
                 errors += 1
@@ -174,7 +181,7 @@ def cell(endpoint: str, fault: str, nth: int) -> Outcome:
 PUBLISH = """
 import sys
 from hub.__main__ import main
-sys.argv = ["hub", "publish", sys.argv[1], "--endpoint", sys.argv[2]]
+sys.argv = ["hub", "publish", sys.argv[1], "--endpoint", sys.argv[2], "--gated", "manual"]
 sys.exit(main())
 """
 
@@ -255,7 +262,7 @@ def races(n: int) -> bool:
 def kills(n: int, seed: int) -> bool:
     """Kill at `n` drawn requests; whether all is well."""
     with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as hub:
-        publish(release(), target(hub))
+        publish(release(), target(hub), ACCESS)
         requests = len(hub.faults.log)
     well = True
     for at in sorted(random.Random(seed).choices(range(1, requests), k=n)):

@@ -1,10 +1,11 @@
 """Proves who may see what is published: private and gated repos, prompts, and proposals to others' repos."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from hub_fixture import READER, WRITER, LocalHub, local_hub  # noqa: F401
+from hub_fixture import READER, WRITER, LocalHub, local_hub, running  # noqa: F401
 from release_fixture import RECIPE, write_dataset_release, write_model_release
 from test_publish import DATASET, MODEL, command, next_version, slept, state, target  # noqa: F401
 
@@ -156,6 +157,63 @@ def test_what_cannot_be_proposed_is_refused(local_hub: LocalHub, release: Path) 
     with pytest.raises(RefusedError, match=r"expected a version above v2\.0\.0"):
         propose(release, target(local_hub, token=READER))
     assert not list(local_hub.api().get_repo_discussions(MODEL))
+
+
+# --- without a network
+
+
+READ = """
+import sys
+import daco
+from daco.errors import DacoError
+try:
+    daco.SteeringSAE.from_pretrained("org/daco-sae-tiny", revision=sys.argv[1])
+    print("read")
+except DacoError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_second_load_needs_no_hub_and_a_damaged_cache_is_told_or_mended(
+    local_hub: LocalHub,  # noqa: F811
+    release: Path,
+    tmp_path: Path,
+) -> None:
+    commit = publish(release, target(local_hub)).commit
+    home = tmp_path / "cache"
+    assert local_hub.run(READ, "v1.0.0", HF_HOME=str(home)) == "read\n"
+    asked = len(local_hub.faults.log)
+    offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    assert local_hub.run(READ, "v1.0.0", **offline) == "read\n"
+    assert local_hub.run(READ, commit, **offline) == "read\n"
+    assert "is not in the cache" in local_hub.run(READ, "v2.0.0", **offline)
+    entry = read_manifest(release)["files"]["layers.1/sae_weights.safetensors"]
+    blob = next(path for path in home.rglob(entry["sha256"]) if path.is_file())
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    assert local_hub.run(READ, "v1.0.0", **offline).startswith("IntegrityError layers.1/sae_weights")
+    assert len(local_hub.faults.log) == asked  # the Hub was not asked once
+    assert local_hub.run(READ, "v1.0.0", HF_HOME=str(home)) == "read\n"
+    assert local_hub.run(READ, "v1.0.0", **offline) == "read\n"
+
+
+def test_a_release_is_carried_from_one_hub_to_another(
+    local_hub: LocalHub,  # noqa: F811
+    release: Path,
+    tmp_path: Path,
+) -> None:
+    """As `hub/local/README.md` says."""
+    first = publish(release, target(local_hub))
+    carried = tmp_path / "carried"
+    local_hub.api().snapshot_download(
+        MODEL, revision="v1.0.0", local_dir=carried, ignore_patterns=[".gitattributes"]
+    )
+    shutil.rmtree(carried / ".cache")
+    with running(tmp_path / "other") as other:
+        again = publish(carried, target(other))
+        assert again.commit == first.commit
+        assert state(other) == state(local_hub)
 
 
 # --- the command line

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from fault_matrix import (
+    ACCESS,
     ENDPOINTS,
     FAULTS,
     Outcome,
@@ -32,6 +33,8 @@ CELLS = [
     ("file facts", "429", 1),
     ("list files", "time-out", 1),
     ("tag", "time-out", 1),
+    ("gate", "504 landed", 1),
+    ("repo facts", "503 HTML", 2),
 ]
 
 
@@ -53,7 +56,7 @@ def test_two_publishers_at_once_leave_one_release() -> None:
 
 def test_every_call_of_publishing_is_in_the_matrix(tmp_path: Path) -> None:
     with running(tmp_path) as hub, no_waiting(), gate_open():
-        publish(release(), target(hub))
+        publish(release(), target(hub), ACCESS)
     known = [(method, re.compile(path)) for method, path in ENDPOINTS.values()]
     asked = {(method, path) for method, path, _ in hub.faults.log}
     assert len(asked) > len(ENDPOINTS)
