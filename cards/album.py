@@ -4,7 +4,7 @@ Reads a release folder; writes nothing. The same bytes for the same release.
 """
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def _map(folder: Path, manifest: Mapping[str, Any]) -> bytes | None:
     files = manifest["configs"].get(f"directions_{model}", {}).get("splits", {}).get(f"layer_{layer}", {})
     if not files or concepts.num_rows < 3:
         return None
-    rows = np.concatenate([_vectors(folder / name) for name in files["files"]])
+    rows = _vectors([folder / name for name in files["files"]])
     polarity, names = concepts["polarity"].to_pylist(), concepts["concept"].to_pylist()
     named = [i for kind in ("undesirable", "desirable", "neutral")
              for i in [j for j, one in enumerate(polarity) if one == kind][:NAMED]]  # fmt: skip
@@ -79,9 +79,16 @@ def _map(folder: Path, manifest: Mapping[str, Any]) -> bytes | None:
     return plots.concept_map_png(points, polarity, {i: names[i] for i in named})
 
 
-def _vectors(path: Path) -> np.ndarray:
-    column = pq.read_table(path, columns=["vector"])["vector"].combine_chunks()
-    return np.asarray(column.flatten()).reshape(len(column), -1)
+def _vectors(paths: Sequence[Path]) -> np.ndarray:
+    """The vectors of a split, read in pieces: they are held once."""
+    tables = [pq.ParquetFile(path) for path in paths]
+    width = tables[0].schema_arrow.field("vector").type.list_size
+    rows, at = np.empty((sum(one.metadata.num_rows for one in tables), width), np.float32), 0
+    for table in tables:
+        for batch in table.iter_batches(1_024, columns=["vector"]):
+            rows[at : at + batch.num_rows] = np.asarray(batch["vector"].flatten()).reshape(-1, width)
+            at += batch.num_rows
+    return rows
 
 
 def principal(rows: np.ndarray, steps: int = 12) -> np.ndarray:
