@@ -41,6 +41,8 @@ def is_transient(error: BaseException | None) -> bool:
         return code == 429 or code >= 500
     if isinstance(error, errors.HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError | KeyError):
         return True
+    if isinstance(error, errors.FileMetadataError):  # an answer without the headers that are due
+        return True
     # huggingface_hub wraps a failed upload in RuntimeError, a failed download in LocalEntryNotFoundError
     return is_transient(error.__cause__)
 
