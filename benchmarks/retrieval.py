@@ -365,7 +365,9 @@ def write_rows(part: str, rows: list[dict[str, Any]], arguments: argparse.Namesp
     fresh = [one | {"machine": machine(arguments), "part": part} for one in rows]
     there = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else []
     replaced = {(one["work"], one["who"], one["unit"]) for one in fresh}
-    kept = [one for one in there if (one["work"], one["who"], one["unit"]) not in replaced]
+    kept = [
+        one for one in there if one.get("part") and (one["work"], one["who"], one["unit"]) not in replaced
+    ]  # rows without a part are of an older table
     table = sorted(kept + fresh, key=lambda one: PARTS.index(one["part"]))
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
