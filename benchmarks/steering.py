@@ -1,13 +1,15 @@
 """What does steering cost a token? Every way of it on one model, in turns, beside the bytes it must read.
 
 Prints a table and writes `results/steering.json` (`--out`), a list of {work, who, value, unit, ratio,
-machine}. A round generates with every contender once, in an order that is drawn anew, and takes the median
-time between two tokens; the time added is the ratio to `none` of the same round, its interval a bootstrap
+machine}; rows of other work that the file has stay, so that one file holds runs in several modes. In a round
+every contender decodes a few tokens (compiled: generates), in an order that is drawn anew; counted is the
+median time between two. The time added is the ratio to `none` of the same round, its interval a bootstrap
 over rounds of the logarithm. `none again` is `none` once more: what it seems to add is noise. `floor` is
 what a contender's weights add to the bytes that a token reads. An aim is `met` or `missed` where the whole
 interval is on one side of it, else `not resolvable`. `ratio` is another's time over `daco_rows`'s; of
 DACO's own methods, the share of the limit that the floor sets. `cpu` is the processor's time, which others
-at work on the machine disturb less; with one thread it is what a quiet machine's wall clock would show.
+at work on the machine disturb less; with one thread it is what a quiet machine's wall clock would show. On
+a GPU both are the GPU's own, between events.
 
 Models have random weights. `--device cuda --shape 7b --mode compiled` measures a compiled decode step.
 """
@@ -41,6 +43,7 @@ from benchmarks.steering_world import (
 )
 from builders.statistics import Interval, interval
 from daco import load
+from daco.coarse import usable
 from daco.errors import SteeringConflictError
 from daco.methods import MOP, SAESteering
 from daco.sites import find_trunk
@@ -51,8 +54,8 @@ from daco.wrapping import wrap
 RESULTS = Path(__file__).parent / "results" / "steering.json"
 OWN = ("daco_rows", "daco_rows_all", "daco_exact", "mop")
 CLOCKS = {"wall": "", "cpu": ", cpu"}
-PROMPT, WARM = 16, 1
-"""Tokens of the prompt, and tokens after it that are not timed."""
+WARM = 1
+"""Tokens after the prompt that are not timed."""
 
 
 class Contender(NamedTuple):
@@ -79,18 +82,29 @@ class Ticks(transformers.StoppingCriteria):
     def __init__(self) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        self.events: list[torch.cuda.Event] = []
 
     def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
-        """Called by `generate` after each token; never stops it."""
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        self.wall.append(time.perf_counter())
-        self.cpu.append(time.process_time())
+        """Called by `generate` after each token; never stops it, nor waits for a GPU."""
+        self.tick(ids.is_cuda)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    def times(self) -> Times:
+    def tick(self, on_gpu: bool) -> None:
+        """Note the time; on a GPU, when it gets there."""
+        if on_gpu:
+            self.events.append(torch.cuda.Event(enable_timing=True))
+            self.events[-1].record()
+        else:
+            self.wall.append(time.perf_counter())
+            self.cpu.append(time.process_time())
+
+    def times(self, warm: int = 0) -> Times:
         """Medians, the first tokens left out."""
-        return Times(*(float(np.median(np.diff(ticks)[WARM:])) for ticks in (self.wall, self.cpu)))
+        if self.events:
+            torch.cuda.synchronize()
+            first = self.events[0]
+            self.wall = self.cpu = [first.elapsed_time(event) / 1_000 for event in self.events]
+        return Times(*(float(np.median(np.diff(ticks)[warm:])) for ticks in (self.wall, self.cpu)))
 
 
 # contenders
@@ -127,13 +141,17 @@ def contenders(
         "mop": MOP(dictionary, alpha),
     }
     found = {name: Contender(nullcontext, 0, 0) for name in ("none", "none again")}
+    kept_in_bytes = model.device.type == "cpu" and usable(dictionary.raw(layers[0]))
     added = sum(vector.nbytes for vector in vectors.values())
     found["actadd"] = Contender(lambda: plain_hooks(model, vectors), added, added)
     for name, method in methods.items():
         n_atoms = sum(len(layer.atoms) for layer in sae.layers.values())
         n_rows = sum(len(method.atoms(layer)) for layer in layers)
         held = n_rows * (2 if "rows" in name else 1) + (0 if "rows" in name else n_atoms)
-        reads = n_atoms if name == "mop" else held  # a code cannot be certified without one pass over D
+        in_bytes = n_atoms // 4 if name == "mop" and kept_in_bytes else 0
+        held += in_bytes
+        # a code cannot be certified without one pass over the dictionary, by bytes where it is kept so
+        reads = (in_bytes or n_atoms) if name == "mop" else held
         put_on = lambda method=method: way(model, method, base_model_ok=True)  # noqa: E731
         found[name] = Contender(put_on, 4 * width * reads, 4 * width * held)
     return found
@@ -145,7 +163,10 @@ def contenders(
 def generate(model: Any, ids: torch.Tensor, tokens: int, compiled: bool) -> Times:
     """Time a token of one generation."""
     ticks = Ticks()
-    options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
+    options: dict[str, Any] = {}
+    if compiled:
+        options = {"cache_implementation": "static", "compile_config": transformers.CompileConfig()}
+        options["compile_config"]._compile_all_devices = True  # a CPU too
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -154,6 +175,27 @@ def generate(model: Any, ids: torch.Tensor, tokens: int, compiled: bool) -> Time
         stopping_criteria=transformers.StoppingCriteriaList([ticks]),
         **options,
     )
+    return ticks.times(WARM)
+
+
+@torch.inference_mode()
+def prefilled(model: Any, ids: torch.Tensor) -> Any:
+    """The cache after a prompt, to which each turn of a contender comes back."""
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+
+
+@torch.inference_mode()
+def decode(model: Any, ids: torch.Tensor, cache: Any, tokens: int) -> Times:
+    """Time a token of a few that follow a prompt, chosen greedily; the cache is as before."""
+    ticks, length, new = Ticks(), ids.shape[1], ids[:, -1:]
+    mask = torch.ones(len(ids), length + tokens, dtype=torch.long, device=ids.device)
+    ticks.tick(ids.is_cuda)
+    for i in range(tokens):
+        seen = mask[:, : length + i + 1]
+        logits = model(input_ids=new, attention_mask=seen, past_key_values=cache, use_cache=True).logits
+        new = logits[:, -1:].argmax(-1)
+        ticks.tick(ids.is_cuda)
+    cache.crop(-tokens)
     return ticks.times()
 
 
@@ -163,12 +205,16 @@ def measure(
     """Times by contender and round; a contender that refuses the mode has none."""
     compiled = arguments.mode == "compiled"
     times: dict[str, list[Times]] = {name: [] for name in found}
-    running = dict(found)
+    running, caches = dict(found), {}
     for name, contender in found.items():  # warm up, and see who takes part
         try:
             with contender.put_on():
                 start = time.perf_counter()
-                generate(model, ids, 1, compiled)
+                if compiled:
+                    generate(model, ids, 1, compiled)
+                else:
+                    caches[name] = prefilled(model, ids)
+                    decode(model, ids, caches[name], 1)
                 print(f"{name} is warm after {time.perf_counter() - start:.1f} s", flush=True)
         except (SteeringConflictError, torch._dynamo.exc.TorchDynamoException) as error:
             print(f"{name} refuses: {error}", flush=True)
@@ -178,7 +224,12 @@ def measure(
     for number in tqdm(range(1, arguments.pairs + 1), unit="round", disable=None):
         for name in draw.permutation(list(running)):
             with found[name].put_on():
-                times[name].append(generate(model, ids, arguments.tokens, compiled))
+                took = (
+                    generate(model, ids, arguments.tokens, compiled)
+                    if compiled
+                    else decode(model, ids, caches[name], arguments.tokens)
+                )
+                times[name].append(took)
         if number % 5 == 0 or number == 1:
             print(f"round {number}: {progress(times)}", flush=True)
     return times
@@ -351,7 +402,7 @@ def speed(shape: Shape, arguments: argparse.Namespace) -> tuple[list[dict[str, A
     dtype = getattr(torch, arguments.dtype)
     model = build_model(shape, dtype, arguments.device, arguments.seed)
     draw = torch.Generator().manual_seed(arguments.seed)
-    size = (arguments.batch, PROMPT)
+    size = (arguments.batch, arguments.prompt)
     ids = torch.randint(10, shape.config["vocab_size"] // 2, size, generator=draw).to(arguments.device)
     long = torch.randint(10, shape.config["vocab_size"] // 2, (1, 256), generator=draw).to(arguments.device)
     sizes = arguments.atoms, arguments.labelled
@@ -365,6 +416,15 @@ def speed(shape: Shape, arguments: argparse.Namespace) -> tuple[list[dict[str, A
     floors = {name: contender.reads / read_bytes(model) for name, contender in found.items()}
     rows = [*time_rows(times, floors, what), *added_rows(times, floors, what, arguments.device)]
     return [*rows, *memory_rows(found, held_bytes(model), what)], sae, what
+
+
+def others(out: Path, what: str) -> list[dict[str, Any]]:
+    """Rows of other work that were measured before."""
+    if not out.is_file():
+        return []
+    return [
+        row for row in json.loads(out.read_text(encoding="utf-8")) if not row["work"].startswith(f"{what}, ")
+    ]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -388,7 +448,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["eager", "compiled"], default="eager")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=40, help="rounds")
-    parser.add_argument("--tokens", type=int, default=4, help="timed tokens of a round")
+    parser.add_argument("--tokens", type=int, default=6, help="timed tokens of a round")
+    parser.add_argument("--prompt", type=int, default=8, help="tokens of the prompt")
     parser.add_argument("--atoms", type=int, default=15_000)
     parser.add_argument("--labelled", type=int, default=1_000, help="atoms a layer")
     names = ["none again", "actadd", "daco_rows_all", "daco_exact", "mop"]
@@ -415,6 +476,7 @@ def main() -> None:
     for row in table:
         show(row)
     arguments.out.parent.mkdir(exist_ok=True)
+    table = [*others(arguments.out, what), *table]
     arguments.out.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -117,7 +117,7 @@ def build_saes(
     dictionary = ConceptDictionary(concepts, rows, facts, {n: layer.R for n, layer in saes.items()})
     config = {
         "format_version": FORMAT_VERSION,
-        "base_model": asdict(facts),
+        "base_model": {name: value for name, value in asdict(facts).items() if name != "fingerprint"},
         "layers": list(shape.layers),
         "dictionary": {"dataset": "none", "tag": "none", "sha256": "none"},
         "activation": "topk",

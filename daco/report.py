@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from daco.methods.method import Method
 
@@ -117,6 +117,7 @@ class Tally:
         self.strength = torch.zeros(n_atoms, dtype=torch.float64, device=device)
         self.change = torch.zeros(2, dtype=torch.float64, device=device)
         self._held: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        self._held_places: list[Tensor] = []
         self._n_held = 0
 
     def add(self, z: Tensor, delta: Tensor, strengths: Tensor, weight: Tensor | None) -> None:
@@ -128,21 +129,24 @@ class Tally:
             strengths: Coefficients of the labelled atoms, `[n, n_atoms]`.
             weight: `[n]`, whether a position counts; None: all do.
         """
-        self._held.append((z.detach(), delta.detach(), strengths.detach(), weight))
+        if torch.is_grad_enabled():
+            z, delta, strengths = z.detach(), delta.detach(), strengths.detach()
+        self._held.append((z, delta, strengths, weight))
         self._n_held += len(z)
         if self._n_held >= HELD:
             self.count()
 
-    @torch.inference_mode(False)
     def add_places(self, places: Tensor) -> None:
         """Add how many positions of each row `[batch, 3]` are of each of PLACES."""
-        if len(places) > len(self.places):
-            self.places = torch.nn.functional.pad(self.places, (0, 0, 0, len(places) - len(self.places)))
-        self.places[: len(places)] += places
+        self._held_places.append(places)
+        if len(self._held_places) >= HELD:
+            self.count()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def count(self) -> None:
         """Count what is held."""
+        self._count_places()
         held, self._held, self._n_held = self._held, [], 0
         if not held:
             return
@@ -156,6 +160,15 @@ class Tally:
         self.strength += strengths.double().sum(0)
         self.change[0] += relative.sum()
         self.change[1] = torch.maximum(self.change[1], relative.max())
+
+    def _count_places(self) -> None:
+        held, self._held_places = self._held_places, []
+        if not held:
+            return
+        rows = max(len(self.places), *map(len, held))
+        every = [nn.functional.pad(one.to(self.places.device), (0, 0, 0, rows - len(one))) for one in held]
+        self.places = nn.functional.pad(self.places, (0, 0, 0, rows - len(self.places)))
+        self.places += torch.stack(every).sum(0)
 
 
 def layer_report(layer: int, tally: Tally | None, method: Method, name: str = "") -> LayerReport:

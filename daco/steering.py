@@ -39,7 +39,8 @@ class _Step(NamedTuple):
     rows: Tensor | None
     """Flat positions that are steered, or may be where there is a weight; None is all of them."""
     weight: Tensor | None
-    """`[rows]` bool: which of them are; None is all. It spares a forward of one token a wait for a count."""
+    """`[rows]` bool: which of them are; None is all. It spares a forward of one token a wait for a count that
+    a device other than the CPU would have to report."""
     places: Tensor
     """`[batch, 3]`: how many of each row's positions are of each of PLACES."""
 
@@ -117,8 +118,10 @@ class Run:
                 "expected forwards in the thread that opened the `with` block, got another thread; "
                 "use attach() for a model that several threads call"
             )
-        call = self._signature.bind_partial(*args, **kwargs).arguments
-        call = {**call, **call.get("kwargs", {})}
+        call = kwargs
+        if args:
+            call = self._signature.bind_partial(*args, **kwargs).arguments
+            call = {**call, **call.get("kwargs", {})}
         on = self.on
         self._now.steps = self._steps(call) if on else None
         self._now.fired = 0
@@ -185,7 +188,8 @@ class Run:
         rows = None if step.rows is None else step.rows.to(z.device)
         picked = flat if rows is None else flat[rows]
         if step.weight is None:
-            moved = [self._move(part, layer, some, None) for some in torch.split(picked, CHUNK)]
+            pieces = torch.split(picked, CHUNK) if len(picked) > CHUNK else (picked,)
+            moved = [self._move(part, layer, some, None) for some in pieces]
             new = torch.cat(moved) if moved[1:] else moved[0]
         else:
             weight = step.weight.to(z.device)
@@ -193,7 +197,7 @@ class Run:
         if rows is not None:
             new = flat.index_copy(0, rows, new)
         with _lock:
-            self._tally(part, layer, z.device).add_places(step.places.to(z.device))
+            self._tally(part, layer, z.device).add_places(step.places)
         return new.view_as(z)
 
     def _move(self, part: int, layer: int, z: Tensor, weight: Tensor | None) -> Tensor:
@@ -223,7 +227,7 @@ def _parts_by_layer(parts: list[Part]) -> dict[int, list[int]]:
 def _selected(found: Positions, scopes: tuple[str, ...]) -> Tensor:
     """`[batch, tokens]` bool: positions that are in one of the scopes at least."""
     if scopes == ("all",):
-        return found.image | found.prompt | found.generated
+        return found.generated if _only_generated(found) else found.image | found.prompt | found.generated
     masks = [getattr(found, scope) for scope in scopes if scope not in found.absent]
     return masks[0] if not masks[1:] else torch.stack(masks).any(0)
 
@@ -237,12 +241,26 @@ def _step(found: Positions, select: Tensor, part: Part) -> _Step | None:
             select
             & torch.zeros(batch, dtype=torch.bool, device=select.device).index_fill(0, mine, 1)[:, None]
         )
-    places = torch.stack([(getattr(found, place) & select).sum(1) for place in PLACES], 1)
-    if width == 1:
+    if _only_generated(found):
+        places = nn.functional.pad(select.sum(1, keepdim=True), (len(PLACES) - 1, 0))
+    else:
+        places = torch.stack([(getattr(found, place) & select).sum(1) for place in PLACES], 1)
+    if width == 1 and _counting_waits(select.device):
         weight = select.flatten()
         return _Step((batch, width), mine, weight if mine is None else weight[mine], places)
     rows = select.flatten().nonzero().squeeze(-1)
-    return _Step((batch, width), rows, None, places) if len(rows) else None
+    every = len(rows) == select.numel()
+    return _Step((batch, width), None if every else rows, None, places) if len(rows) else None
+
+
+def _counting_waits(device: torch.device) -> bool:
+    """Whether to know how many positions there are is to wait for the device."""
+    return device.type != "cpu"
+
+
+def _only_generated(found: Positions) -> bool:
+    """Whether no token of a forward is of a prompt, as in most forwards of a generation."""
+    return {"image", "prompt"} <= set(found.absent)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, threshold
 
 from daco.errors import SteeringOnlyError
 from daco.methods.method import (
@@ -88,6 +88,7 @@ class SAESteering:
         self._rows = {layer: np.flatnonzero(found) for layer, found in strengths.items()}
         self._desirable = {layer: np.flatnonzero(labels[layer] == "desirable") for layer in self.layers}
         self._weights = {layer: self._weights_of(layer, strengths[layer]) for layer in self.layers}
+        self._thresholds = {layer: self._same_threshold(layer) for layer in self.layers}
         self.nothing = self._why_nothing(labels)
         raise_if(self.nothing, on_empty)
 
@@ -134,7 +135,9 @@ class SAESteering:
             pre = torch.addmm(w.b_enc, centred, w.W_enc)
             return top_k(pre, int(self._saes[layer].sae.k or 0)).index_select(1, w.rows)
         pre = linear(centred, w.W_enc_rows, w.b_enc)
-        return pre.relu() if w.threshold is None else torch.where(pre > w.threshold, pre, 0)
+        if (same := self._thresholds[layer]) is not None:
+            return threshold(pre, same, 0)  # a ReLU, as its threshold is zero
+        return torch.where(pre > w.threshold, pre, 0)
 
     def _weights_of(self, layer: int, strengths: np.ndarray) -> Placed:
         """What `change` reads: the encoder as a whole where it is exact for a TopK, else rows of it."""
@@ -152,6 +155,13 @@ class SAESteering:
             rows=rows,
             shift=shift(sae.W_dec[desirable], self.gamma * found.R),
         )
+
+    def _same_threshold(self, layer: int) -> float | None:
+        """Above what all of a layer's rows fire; None where they differ."""
+        each = _threshold(self._saes[layer], torch.from_numpy(self._rows[layer]))
+        if each is None or not len(each):
+            return 0.0
+        return float(each[0]) if bool((each == each[0]).all()) else None
 
     def _form_notes(self) -> list[str]:
         """Agreement of the threshold form with a TopK, as it was measured at training."""
