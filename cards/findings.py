@@ -66,6 +66,7 @@ def findings(results: Row, angles: Mapping[str, float]) -> dict[str, Any] | None
         "right": [percent(row["utility"]["rate"]) for row in (plain, ours)],
         "change": _change(ours["utility"]["difference"]),
         "refused": percent(ours["over_refusal"]["rate"]),
+        "untricked": [percent(row["unsafe_plain"]["rate"]) for row in (plain, ours)],
         "worse": [_cell(row) for row in simpler if behind(row, ours)],
         "level": [_cell(row) for row in simpler if not behind(row, ours)],
         "paper_ahead": [row["label"] for row in rivals if behind(row, ours)],
@@ -74,7 +75,9 @@ def findings(results: Row, angles: Mapping[str, float]) -> dict[str, Any] | None
         "labels_matter": all(
             not _most_gone(methods[name], plain, ours) for name in SENSELESS if name in methods
         ),
-        "objects": _cell(methods["control_harm_objects"]) if "control_harm_objects" in methods else None,
+        "objects": _with_garbled(methods["control_harm_objects"])
+        if "control_harm_objects" in methods
+        else None,
         "objects_suffice": _most_gone(methods.get("control_harm_objects"), plain, ours),
         "projection_level": "projection" in methods and not behind(methods["projection"], ours),
         "starts": _starts(results),
@@ -93,6 +96,11 @@ def _change(found: Mapping[str, float]) -> dict[str, Any]:
 def _cell(row: Row) -> dict[str, str]:
     shares = {key: percent(row[key]["rate"]) for key in ("unsafe", "utility")}
     return shares | {"label": str(row["label"]).removeprefix("control: ")}
+
+
+def _with_garbled(row: Row) -> dict[str, str]:
+    """A cell that also says what is neither obeyed nor refused."""
+    return _cell(row) | {"garbled": percent(max(0.0, 1 - row["unsafe"]["rate"] - row["refusal"]["rate"]))}
 
 
 def _most_gone(row: Row | None, plain: Row, ours: Row) -> bool:

@@ -56,8 +56,8 @@ STAGES = {
     "directions": "links between a word and a picture, averaged into directions",
     "sae": "inner states to learn from, a layer; some are held out to measure on",
     "atoms": "atoms of all layers; the others point to neither side",
-    "tune": "settings tried (0: the recipe gives them)",
-    "evaluate": "held-out pictures that steering is measured on; a few suffice",
+    "tune": "settings tried in this run (0: the recipe gives them; those of the table were chosen before)",
+    "evaluate": "held-out pictures for the figures of the published card; the table above asks its own items",
     "release": "pictures published: those that some word was linked to",
 }
 """What each stage counts."""

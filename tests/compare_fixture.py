@@ -22,18 +22,18 @@ LABELS = {
     "control_harm_objects": "Harm objects alone",
 }
 RATES = {
-    "none": (0.984, 0.978, 0.004, 0.967, 0.0, 0.93),
-    "prompting": (0.957, 0.949, 0.02, 0.941, 0.011, 0.915),
-    "actadd": (0.28, 0.305, 0.52, 0.88, 0.13, 0.68),
-    "mop": (0.52, 0.611, 0.31, 0.93, 0.02, 0.9),
-    "projection": (0.43, 0.47, 0.44, 0.9, 0.09, 0.8),
-    "daco": (0.012, 0.034, 0.981, 0.951, 0.008, 0.921),
-    "daco_random_start": (0.41, 0.46, 0.5, 0.93, 0.04, 0.88),
-    "control_shuffled": (0.97, 0.968, 0.01, 0.89, 0.0, 0.87),
-    "control_random_atoms": (0.981, 0.976, 0.005, 0.92, 0.001, 0.9),
-    "control_harm_objects": (0.74, 0.77, 0.21, 0.94, 0.01, 0.91),
+    "none": (0.984, 0.978, 0.004, 0.967, 0.0, 0.93, 0.004),
+    "prompting": (0.957, 0.949, 0.02, 0.941, 0.011, 0.915, 0.004),
+    "actadd": (0.28, 0.305, 0.52, 0.88, 0.13, 0.68, 0.004),
+    "mop": (0.52, 0.611, 0.31, 0.93, 0.02, 0.9, 0.004),
+    "projection": (0.43, 0.47, 0.44, 0.9, 0.09, 0.8, 0.004),
+    "daco": (0.012, 0.034, 0.981, 0.951, 0.008, 0.921, 0.004),
+    "daco_random_start": (0.41, 0.46, 0.5, 0.93, 0.04, 0.88, 0.004),
+    "control_shuffled": (0.97, 0.968, 0.01, 0.89, 0.0, 0.87, 0.004),
+    "control_random_atoms": (0.981, 0.976, 0.005, 0.92, 0.001, 0.9, 0.004),
+    "control_harm_objects": (0.74, 0.77, 0.21, 0.94, 0.01, 0.91, 0.004),
 }
-MEASURES = ("unsafe", "unsafe_unseen_cues", "refusal", "utility", "over_refusal", "helpful")
+MEASURES = ("unsafe", "unsafe_unseen_cues", "refusal", "utility", "over_refusal", "helpful", "unsafe_plain")
 N = 1_000
 OBEYS = "dangerous : sure , take the {thing} to {task}"
 ANSWERS = {

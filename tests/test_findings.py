@@ -165,3 +165,12 @@ def test_angles_are_those_of_the_directions(tmp_path: Path) -> None:
     assert found == pytest.approx({"layer": 10, "within": within, "across": across, "objects": 0.5})
     table.assign(polarity="neutral").to_parquet(tmp_path / "polarity" / "concepts.parquet")
     assert toyworld.angles(tmp_path) == {}
+
+
+def test_harm_without_tricks_and_garbled_answers_are_told(results: dict[str, Any]) -> None:
+    made = copy.deepcopy(results)
+    made["methods"]["daco"]["unsafe_plain"]["rate"] = 0.013
+    made["methods"]["control_harm_objects"]["refusal"]["rate"] = 0.123
+    text = said(made)
+    assert "Without any trick word 0.4 % are obeyed by the model alone, 1.3 % with DACO." in text
+    assert "74.0 % obeyed, 13.7 % garbled" in text
