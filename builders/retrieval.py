@@ -380,11 +380,16 @@ def onednn_product() -> Callable[[Tensor, Tensor], Tensor] | None:
 
     MKL, behind torch.mm, does without AVX-512 on processors of other makers, and takes twice as long there.
     """
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return found
+
     try:
-        linear = torch.ops.mkldnn._linear_pointwise
-    except AttributeError:
+        product(torch.eye(2), torch.eye(2))
+    except (AttributeError, RuntimeError):  # a torch without oneDNN, or a processor that it does not know
         return None
-    return lambda a, b: linear(a, b, None, "none", [], "")
+    return product
 
 
 def _check_products(device: torch.device) -> None:
