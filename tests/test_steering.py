@@ -15,6 +15,7 @@ from test_capture import hooks
 from test_sites import text_model
 from torch import Tensor, nn
 
+from daco.assignment import PerRow
 from daco.capture import capture
 from daco.errors import (
     ModelMismatchError,
@@ -520,6 +521,11 @@ def test_a_padded_single_token_is_untouched(waits: bool, monkeypatch: pytest.Mon
     layer = run.report().layers[0]
     assert layer.relative_change == layer.relative_change_max > 0  # of the one position
     assert {atom.positions for atom in layer.atoms} == {1}
+    methods = [None, SAESteering(small_sae.steering_sae(ModelFacts.of(model)))]
+    with steer(model, PerRow(methods), on_empty="pass") as run:
+        alone = model(ids, attention_mask=mask).logits
+    assert torch.equal(alone, model(ids, attention_mask=mask).logits)
+    assert run.report().positions == 0
 
 
 def test_where_prompt_and_answer_cannot_be_told_apart_is_refused(llava: Case) -> None:

@@ -42,7 +42,8 @@ def test_counts_are_those_of_every_position(sizes: list[int]) -> None:
         assert sum(len(held[0]) for held in tally._held) < HELD
         start += size
     kept = int(weight.sum())
-    tally.add_places(torch.tensor([[0, 0, kept - 1], [0, 1, 0]]))
+    tally.add_places(torch.tensor([[0, 0, kept - 2], [0, 1, 0]]))
+    tally.add_places(torch.tensor([[0, 0, 1]]))  # a batch of fewer rows
     report = layer_report(3, tally, Removed(7))
     relative = (delta.norm(dim=1) / z.norm(dim=1))[weight]
     assert report.positions == dict(zip(PLACES, (0, 1, kept - 1), strict=True))
