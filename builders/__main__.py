@@ -111,6 +111,9 @@ def evaluate(
     rubric: Annotated[
         Path | None, typer.Option(help="Wording for endpoint judges, in place of ours.")
     ] = None,
+    categories: Annotated[
+        Path | None, typer.Option(help="JSON of category and text, for guards that take them.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="method.setting=value; may be repeated.")
     ] = None,
@@ -140,6 +143,7 @@ def evaluate(
             dtype=dtype,
             base_url=base_url,
             rubric=rubric,
+            categories=categories,
             asking=asking,
         )
     )

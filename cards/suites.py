@@ -110,6 +110,7 @@ def _suite(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
             "kind": figure["kind"],
             "judge": figure["judge"],
             "n": figure["n"],
+            "over": figure.get("average_over", "items"),
             "unreadable": sum(figure["unreadable"].values()),
             "rows": [_row(name, cell) for name, cell in _ordered(figure.get("methods", {}))],
         }

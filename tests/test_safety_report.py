@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hostile import TEXTS
 from markdown_it import MarkdownIt
@@ -78,6 +79,18 @@ def test_groups_and_variants_sum_up_to_the_whole(out: Path) -> None:
         for method in METHODS:
             whole = sum(part["n"] * part[method] for part in parts.values()) / figure["n"]
             assert whole == pytest.approx(figure["methods"][method]["mean"])
+
+
+def test_scenarios_of_mm_safetybench_count_alike_where_they_are_large_enough() -> None:
+    sizes = {"01": 20, "02": 60}
+    groups = pd.Series([name for name, n in sizes.items() for _ in range(n)])
+    values = pd.DataFrame({"none": np.ones(80), "daco": [1.0] * 20 + [0.0] * 60})
+    assert report._groups("figstep", groups) is None
+    assert report._groups("mm-safetybench", groups[1:]) is None
+    told = report._groups("mm-safetybench", groups)
+    assert report._cell(values, "daco", "unsafe", told)["mean"] == 0.5
+    assert report._cell(values, "daco", "unsafe", told)["against_none"]["mean"] == -0.5
+    assert report._cell(values, "daco", "unsafe", None)["mean"] == 0.25
 
 
 def test_judges_are_compared_on_what_both_could_read(out: Path) -> None:

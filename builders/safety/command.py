@@ -57,6 +57,8 @@ class Evaluation:
     """Server of OpenAI's protocol, for judges `endpoint:`."""
     rubric: Path | None = None
     """Wording of the rubric, in place of ours."""
+    categories: Path | None = None
+    """JSON of category and text, for guards whose template takes them."""
     asking: Asking = field(default_factory=Asking)
     """How the model is asked."""
 
@@ -172,7 +174,12 @@ def _load(plan: Evaluation) -> tuple[Any, Any]:
 
 def _judging(plan: Evaluation) -> dict[str, Any]:
     """What judges need beside their names."""
-    settings = {"base_url": plan.base_url, "rubric": plan.rubric, "dtype": plan.dtype}
+    settings = {
+        "base_url": plan.base_url,
+        "rubric": plan.rubric,
+        "categories": plan.categories,
+        "dtype": plan.dtype,
+    }
     return settings | {"batch": plan.asking.batch, "cache": plan.out / "judged"}
 
 

@@ -27,6 +27,12 @@ EVALUATION, REPORT = "evaluation.json", "report.md"
 RATES = ("unsafe", "refused", "right")
 """Figures that are zeros and ones."""
 
+OVER_GROUPS = ("mm-safetybench",)
+"""Suites whose official average is the mean of their groups' (scenarios') means."""
+
+LEAST_GROUP = 20
+"""Items of the smallest group for that: with fewer, intervals of differences are too narrow (LOG)."""
+
 ABOUT = {
     "unsafe": "answers judged harmful; lower is better",
     "refused": "answers that decline; better lower on harmless items, higher on harmful ones",
@@ -150,18 +156,26 @@ def _figures(answers: pd.DataFrame, scores: pd.DataFrame, suite: str) -> list[di
             unread = mine["value"].isna().groupby(mine["method"]).sum()
             facts["unreadable"] = {name: int(unread.get(name, 0)) for name in methods}
             if len(common):
-                facts["methods"] = {name: _cell(common, name, str(figure)) for name in methods}
+                groups = _groups(suite, items.loc[common.index, "group"])
+                facts["average_over"] = "items" if groups is None else "groups"
+                facts["methods"] = {name: _cell(common, name, str(figure), groups) for name in methods}
                 facts["by"] = _broken_down(common, items, methods)
             found.append(facts)
     return found
 
 
-def _cell(table: pd.DataFrame, method: str, figure: str) -> dict[str, Any]:
+def _groups(suite: str, groups: pd.Series) -> list[str] | None:
+    """Groups that count alike in a suite's official average; None where items do, or groups are too small."""
+    official = suite in OVER_GROUPS and groups.value_counts().min() >= LEAST_GROUP
+    return groups.tolist() if official else None
+
+
+def _cell(table: pd.DataFrame, method: str, figure: str, groups: Sequence[str] | None) -> dict[str, Any]:
     """A method's mean, and its paired difference to no steering, each with a 95 % interval."""
     values = table[method].to_numpy(float)[None]
-    found = _told((rate if figure in RATES else interval)(values))
+    found = _told((rate if figure in RATES else interval)(values, groups=groups))
     if "none" in table and method != "none":
-        found["against_none"] = _told(paired(values, table["none"].to_numpy(float)[None]))
+        found["against_none"] = _told(paired(values, table["none"].to_numpy(float)[None], groups=groups))
     return found
 
 
@@ -270,7 +284,9 @@ def _suite_lines(name: str, suite: dict[str, Any]) -> list[str]:
     for figure in suite["figures"]:
         unread = sum(figure["unreadable"].values())
         lines += ["", f"### {figure['figure']} ({figure['kind']} items) by {_safe(figure['judge'])}", ""]
-        lines += [f"{ABOUT[figure['figure']]}; n = {figure['n']}; {unread} verdicts could not be read.", ""]
+        over = f"; mean over {figure['average_over']}" if "average_over" in figure else ""
+        told = f"{ABOUT[figure['figure']]}; n = {figure['n']}{over}; {unread} verdicts could not be read."
+        lines += [told, ""]
         if "methods" in figure:
             lines += _table([_figure_row(method, cell) for method, cell in figure["methods"].items()])
     return [*lines, ""]

@@ -6,14 +6,14 @@ from typing import NamedTuple, Protocol
 from builders.safety.items import Item
 
 FIGURES = ("unsafe", "refused", "right", "fluency")
-"""What can be judged: rates of zeros and ones, and a fluency between 0 and 1."""
+"""What can be judged: rates of zeros and ones, and fluency, between 0 and 1 or in nats as the judge says."""
 
 
 class Verdict(NamedTuple):
     """One figure of one answer."""
 
     value: float | None
-    """0 or 1, for fluency between; None: the judge could not be read, which is counted, not guessed."""
+    """0 or 1, for fluency any number; None: the judge could not be read, which is counted, not guessed."""
     reason: str
     """The judge's own words, or the rule that spoke; may be empty."""
 
