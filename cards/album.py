@@ -28,6 +28,9 @@ PICTURES = (MAP, EXAMPLES, tuning.PICTURE, suites.PICTURE)
 NAMED = 14
 """Concepts of each polarity whose names are tried on the map."""
 
+SAMPLE = 2_000
+"""Directions that the map's components are found on, at most."""
+
 SHOWN = 4
 """Concepts of each polarity of which an example stimulus is shown."""
 
@@ -71,52 +74,42 @@ def _map(folder: Path, manifest: Mapping[str, Any]) -> bytes | None:
     files = manifest["configs"].get(f"directions_{model}", {}).get("splits", {}).get(f"layer_{layer}", {})
     if not files or concepts.num_rows < 3:
         return None
-    rows = _vectors([folder / name for name in files["files"]])
     polarity, names = concepts["polarity"].to_pylist(), concepts["concept"].to_pylist()
     named = [i for kind in ("undesirable", "desirable", "neutral")
              for i in [j for j, one in enumerate(polarity) if one == kind][:NAMED]]  # fmt: skip
-    points = [(float(x), float(y)) for x, y in principal(rows)]
+    points = [(float(x), float(y)) for x, y in _points([folder / name for name in files["files"]])]
     return plots.concept_map_png(points, polarity, {i: names[i] for i in named})
 
 
-def _vectors(paths: Sequence[Path]) -> np.ndarray:
-    """The vectors of a split, read in pieces: they are held once."""
-    tables = [pq.ParquetFile(path) for path in paths]
-    width = tables[0].schema_arrow.field("vector").type.list_size
-    rows, at = np.empty((sum(one.metadata.num_rows for one in tables), width), np.float32), 0
-    for table in tables:
-        for batch in table.iter_batches(1_024, columns=["vector"]):
-            rows[at : at + batch.num_rows] = np.asarray(batch["vector"].flatten()).reshape(-1, width)
-            at += batch.num_rows
-    return rows
+def _blocks(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    """The unit vectors of a split, some rows at a time, in float64: threads must not show in a picture."""
+    for path in paths:
+        for batch in pq.ParquetFile(path).iter_batches(1_024, columns=["vector"]):
+            rows = np.asarray(batch["vector"].flatten(), np.float64).reshape(batch.num_rows, -1)
+            yield rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def principal(rows: np.ndarray, steps: int = 12) -> np.ndarray:
-    """Rows, made unit, on their two largest principal components, by orthogonal iteration from a fixed start.
-
-    In float64, a block of rows at a time, and rounded: threads must not show in a picture's bytes.
-
-    Args:
-        rows: `[n, d]`.
-        steps: Of the iteration.
-
-    Returns:
-        `[n, 2]`; each component's largest coordinate is positive.
-    """
-    mean = sum(block.sum(0) for block in _unit_blocks(rows)) / len(rows)
-    basis = np.random.default_rng(0).standard_normal((rows.shape[1], 2))
-    for _ in range(steps):
-        moved = sum((block - mean).T @ ((block - mean) @ basis) for block in _unit_blocks(rows))
-        basis, _ = np.linalg.qr(moved)
-    points = np.concatenate([(block - mean) @ basis for block in _unit_blocks(rows)])
+def _points(paths: Sequence[Path]) -> np.ndarray:
+    """Every vector on two principal components `[n, 2]`: of all, or of every so manieth where they are many."""
+    n = sum(pq.read_metadata(path).num_rows for path in paths)
+    step = -(-n // SAMPLE)
+    mean, basis = components(np.concatenate([block[::step] for block in _blocks(paths)]))
+    points = np.concatenate([(block - mean) @ basis for block in _blocks(paths)])
     largest = points[np.abs(points).argmax(0), range(2)]
     return np.asarray(np.round(points * np.where(largest < 0, -1, 1), 5))
 
 
-def _unit_blocks(rows: np.ndarray, size: int = 1_024) -> Iterator[np.ndarray]:
-    for at in range(0, len(rows), size):
-        block = rows[at : at + size].astype(np.float64)
-        yield block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
+def components(rows: np.ndarray, steps: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Mean `[d]` and two largest principal components `[d, 2]` of rows `[n, d]`.
+
+    By orthogonal iteration, `steps` of it, from a fixed start.
+    """
+    mean = rows.mean(0)
+    basis = np.random.default_rng(0).standard_normal((rows.shape[1], 2))
+    for _ in range(steps):
+        seen = rows @ basis - mean @ basis
+        basis, _ = np.linalg.qr(rows.T @ seen - np.outer(mean, seen.sum(0)))
+    return mean, basis
 
 
 # Example stimuli.
