@@ -90,7 +90,7 @@ def _blocks(paths: Sequence[Path]) -> Iterator[np.ndarray]:
 
 
 def _points(paths: Sequence[Path]) -> np.ndarray:
-    """Every vector on two principal components `[n, 2]`: of all, or of every so manieth where they are many."""
+    """Every vector on two principal components, `[n, 2]`: those of all, or of a sample of many."""
     n = sum(pq.read_metadata(path).num_rows for path in paths)
     step = -(-n // SAMPLE)
     mean, basis = components(np.concatenate([block[::step] for block in _blocks(paths)]))
