@@ -16,7 +16,6 @@ import json
 import resource
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks.sae_end_to_end import SHAPES as RELEASED
+from benchmarks.sae_end_to_end import seconds
 from benchmarks.sae_training import machine
 from builders.mllm import load_mllm
 from builders.safety.asking import conversation
@@ -60,14 +61,14 @@ def shape_7b() -> tuple[Any, Any]:
         Qwen2VLVideoProcessor,
     )
 
-    from benchmarks.sae_end_to_end import SHAPES
-
     tokenizer = train_tokenizer([SENTENCE], "qwen2_5_vl", 389)
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
         for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"))
     }
-    config = Qwen2_5_VLConfig(text_config=SHAPES["7b"]["text"], vision_config=SHAPES["7b"]["vision"], **ids)
+    config = Qwen2_5_VLConfig(
+        text_config=RELEASED["7b"]["text"], vision_config=RELEASED["7b"]["vision"], **ids
+    )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
@@ -116,16 +117,6 @@ def plain_loop(model: Any, processor: Any, items: Sequence[Item], batch: int, ma
         whole = model.generate(**inputs, max_new_tokens=max_answer, do_sample=False)
         texts += processor.batch_decode(whole[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return len(texts)
-
-
-def seconds(work: Callable[[], Any], device: str) -> float:
-    """Of the clock, until the device has done it."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
 
 
 def measured(

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from builders.forward import Read, forward_tokens, special_ids
-from builders.mllm import chat_inputs, plain_text
+from builders.mllm import chat_inputs
 from builders.tokens import MODALITIES
+from daco.prompts import plain_text
 from daco.sites import image_token_ids
 
 

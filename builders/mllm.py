@@ -4,7 +4,6 @@ Reads models from the Hub or a folder; writes nothing. Captions are texts of str
 token in them is broken up here, so that no caption can end a turn or claim an image.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from builders.vision import ensure_torchvision
 from daco.errors import ArtefactNotFoundError
+from daco.prompts import plain_text
 
 _MARK = "\ue000caption\ue000"
 READINGS = ("last", "caption_last", "caption_mean")
@@ -51,31 +51,6 @@ def user_turn(caption: str, image: Image | None = None) -> list[dict[str, Any]]:
     """One stimulus as a conversation of one user turn: the image, if any, then the caption."""
     picture = [] if image is None else [{"type": "image"}]
     return [{"role": "user", "content": [*picture, {"type": "text", "text": caption}]}]
-
-
-def control_tokens(processor: Any) -> set[str]:
-    """Texts that act in a prompt: special tokens, what the chat template writes, and image placeholders."""
-    tokenizer = processor.tokenizer
-    template = str(getattr(processor, "chat_template", None) or tokenizer.chat_template or "")
-    added = tokenizer.added_tokens_decoder.values()
-    found = {token.content for token in added if token.special or token.content in template}
-    found |= set(tokenizer.all_special_tokens)
-    for name in ("image_token", "video_token"):  # a processor replaces these in the text itself
-        if isinstance(token := getattr(processor, name, None), str):
-            found.add(token)
-    return {token for token in found if len(token) > 1 and not token.isspace()}
-
-
-def plain_text(processor: Any, text: str) -> str:
-    """`text` with a space behind the first character of whatever spells a control token, so that it is none.
-
-    A space survives every normaliser, also those that drop invisible characters.
-    """
-    longest_first = sorted(control_tokens(processor), key=len, reverse=True)
-    spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
-    while spelled.search(text):  # a token may hold another one
-        text = spelled.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-    return text
 
 
 def chat_inputs(processor: Any, captions: Sequence[str], images: Sequence[Image] | None = None) -> Any:

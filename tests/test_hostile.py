@@ -17,7 +17,7 @@ from PIL import Image
 
 from builders.corpus import clean_caption
 from builders.forward import read_batch
-from builders.mllm import chat_inputs, plain_text
+from builders.mllm import chat_inputs
 from builders.pipeline import run
 from builders.recipe import Recipe, recipe_of
 from builders.stages import done
@@ -25,6 +25,7 @@ from builders.vocabulary import MAX_NAME, slug
 from cards.report import report_html
 from daco import ConceptDictionary, SteeringSAE
 from daco.manifest import read_manifest
+from daco.prompts import plain_text
 from hub.gate import check_release
 from hub.stage import stage
 
