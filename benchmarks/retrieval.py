@@ -9,10 +9,10 @@ processors. Times are by the clock and in seconds of all threads on processors, 
 machine disturb less. `faiss` is compared where it is installed: two inner-product searches, one an image
 and one a caption, which do not give Eq. 4.
 
-Every part writes its rows on its own (`--parts speed,faiss,memory,growth`), so that a machine need not be
-free for long; rows of the other parts stay. Files of embeddings are kept in `--data`, if that is given. The
-whole of CC-3M on a GPU: `--full --device cuda --rounds 1` (10 GB on disk, read memory-mapped; `--pairs`
-makes it smaller).
+Every row is written when it is there, and parts run on their own (`--parts speed,faiss,memory,growth`), so
+that a machine need not be free for long; rows of the other parts stay. Files of embeddings are kept in
+`--data`, if that is given. The whole of CC-3M on a GPU: `--full --device cuda --rounds 1` (10 GB on disk,
+read memory-mapped; `--pairs` makes it smaller).
 """
 
 import argparse
@@ -348,27 +348,31 @@ def growth(queries: Floats, sides: Sides, arguments: argparse.Namespace) -> Iter
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
-    """Measure the parts asked for; each one's rows are written when it is done."""
+    """Measure the parts asked for; each row is written when it is there."""
     world = World(arguments.width, seed=0)
     queries = np.asarray(world.concepts(arguments.concepts), dtype=np.float32)
     most = max(arguments.pairs, GROWTH[-1] if "growth" in arguments.parts else 0)
     sides = write_pairs(world, folder, most)
     parts = {"speed": speed, "faiss": faiss_rows, "memory": memory, "growth": growth}
     for part in arguments.parts:
-        write_rows(part, list(parts[part](queries, sides, arguments)), arguments)
+        for one in parts[part](queries, sides, arguments):
+            write_row(part, one, arguments)
 
 
-def write_rows(part: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Print a part's rows and put them into the results, in place of those of the same work and machine."""
-    for one in rows:
-        print(f"{one['work']:<90} {one['who']:<24} {one['value']:>9} {one['unit']:<20} x {one['ratio']}")
-    fresh = [one | {"machine": machine(arguments), "part": part} for one in rows]
+def write_row(part: str, one: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print a row and put it into the results, in place of that of the same work."""
+    print(
+        f"{one['work']:<90} {one['who']:<24} {one['value']:>9} {one['unit']:<20} x {one['ratio']}", flush=True
+    )
     there = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else []
-    replaced = {(one["work"], one["who"], one["unit"]) for one in fresh}
-    kept = [
-        one for one in there if one.get("part") and (one["work"], one["who"], one["unit"]) not in replaced
+    same = [one[key] for key in ("work", "who", "unit")]
+    table = [
+        other
+        for other in there
+        if other.get("part") and [other[key] for key in ("work", "who", "unit")] != same
     ]  # rows without a part are of an older table
-    table = sorted(kept + fresh, key=lambda one: PARTS.index(one["part"]))
+    table.append(one | {"machine": machine(arguments), "part": part})
+    table.sort(key=lambda other: PARTS.index(other["part"]))
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
