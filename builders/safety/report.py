@@ -331,4 +331,4 @@ def _table(rows: Sequence[dict[str, str]]) -> list[str]:
 def _safe(text: str) -> str:
     """A text of strangers in Markdown: one line, nothing in it a mark."""
     kept = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#!|~" else c for c in kept.replace("&", "&amp;"))
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#!|~" else c for c in kept.replace("&", "&amp;"))
