@@ -1,7 +1,7 @@
 """What a model card says of an evaluation on safety suites: its tables, its picture, its `model-index`.
 
-Reads `evaluation.json` of a model release, whose `suites`, `agreement`, `costs` and `protocol` are written by
-`python -m builders report --into RELEASE`; writes nothing.
+Reads `evaluation.json` of a model release, whose `suites`, `agreement` and `protocol` are written by
+`python -m builders report --into RELEASE`; writes nothing. Times are not in a release, so the card has none.
 """
 
 import json
@@ -18,7 +18,7 @@ from daco.errors import FormatError
 
 PICTURE = "evaluation.png"
 
-SECTIONS = ("suites", "agreement", "costs", "protocol")
+SECTIONS = ("suites", "agreement", "protocol")
 """Sections of `evaluation.json` that are shown here, and not as plain tables."""
 
 PAPERS_MODEL = "qwen2.5-vl-7b"
@@ -81,20 +81,18 @@ def _figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
 
 def _facts(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     protocol = evaluation["protocol"]
-    costs = evaluation["costs"]
     found = {
         "suites": [_suite(name, facts) for name, facts in evaluation["suites"].items()],
         "agreement": [_pair(pair) for pair in evaluation["agreement"]],
         "settings": [(LABELS[name], text) for name, text in _ordered(protocol["settings"])],
         "max_answer": protocol["decoding"]["max_answer"],
         "dtype": protocol["model"]["dtype"],
-        "costs": [(LABELS[name], cost["time_per_token"]) for name, cost in _ordered(costs)],
         "picture": PICTURE if _points(evaluation) else "",
         "paper": {},
     }
     if PAPERS_MODEL in protocol["model"]["id"].lower():
-        rows = paper.beside(*paper_terms(dict(evaluation)))
-        columns = [column.title for column in paper.COLUMNS]
+        rows = paper.beside(paper_terms(evaluation), {})
+        columns = [column.title for column in paper.COLUMNS if column.figure != "time"]
         found["paper"] = {
             "columns": columns,
             "rows": [(LABELS[row["method"]], [row[c] for c in columns]) for row in rows],

@@ -6,7 +6,7 @@ table is about the same items; how many were left out is said.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,8 @@ def write_report(out: Path) -> dict[str, Any]:
 def into_release(found: dict[str, Any], folder: Path) -> None:
     """Put the figures of an evaluation into a model release's `evaluation.json`, beside what it has.
 
+    Times stay in the run's folder: the bytes of a release depend on no clock.
+
     Args:
         found: Of `write_report`.
         folder: The release; its card is rendered anew by `python -m hub stage`.
@@ -240,7 +242,8 @@ def into_release(found: dict[str, Any], folder: Path) -> None:
         raise RecipeError(f"{folder}: expected a model release, got a {manifest['kind']} release")
     path = folder / EVALUATION
     own = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    write_atomic(path, canonical_json(own | found))
+    figures = {section: facts for section, facts in found.items() if section != "costs"}
+    write_atomic(path, canonical_json(own | figures))
     manifest["files"][EVALUATION] = file_entry(path)
     write_manifest(folder, manifest)
 
@@ -256,21 +259,21 @@ def as_markdown(found: dict[str, Any]) -> str:
         lines += _suite_lines(name, suite)
     lines += _agreement_lines(found["agreement"])
     lines += ["## Beside the paper's table (ours / the paper's, Qwen2.5-VL-7B)", ""]
-    lines += _table(paper.beside(*paper_terms(found)))
+    times = {method: cost["time_per_token"] for method, cost in found["costs"].items()}
+    lines += _table(paper.beside(paper_terms(found), times))
     lines += ["", "Safety counts answers that are not unsafe; time is relative to no steering.", ""]
     return "\n".join(lines)
 
 
-def paper_terms(found: dict[str, Any]) -> tuple[list[paper.Ours], dict[str, float]]:
-    """Our figures and times as `paper.beside` takes them."""
-    ours = [
+def paper_terms(found: Mapping[str, Any]) -> list[paper.Ours]:
+    """Our figures as `paper.beside` takes them."""
+    return [
         paper.Ours(name, figure["figure"], figure["judge"], method, cell["mean"])
         for name, suite in found["suites"].items()
         for figure in suite["figures"]
         for method, cell in figure.get("methods", {}).items()
         if figure["kind"] != "harmless" or figure["figure"] != "unsafe"
     ]
-    return ours, {method: cost["time_per_token"] for method, cost in found["costs"].items()}
 
 
 def _suite_lines(name: str, suite: dict[str, Any]) -> list[str]:
