@@ -61,7 +61,7 @@ def test_contenders_take_turns_and_keep_the_rows_of_those_that_did_not_run(tmp_p
     assert [row["who"] for row in table] == ["another", "DACO", "DACO", "DACO", "matmul, float32"]
     speed, fve, memory, limit = table[1:]
     assert (speed["steps"], fve["work"].split(",")[0]) == (6, "FVE after 576 tokens")
-    assert speed["ratio"] == pytest.approx(speed["value"] / limit["value"], rel=0.01)
+    assert speed["ratio"] == pytest.approx(speed["value"] / limit["value"], rel=0.01, abs=6e-4)  # rounded
     assert fve["value"] > 0
     assert memory["value"] > 0
 
