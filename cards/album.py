@@ -93,7 +93,8 @@ def _points(paths: Sequence[Path]) -> np.ndarray:
     """Every vector on two principal components, `[n, 2]`: those of all, or of a sample of many."""
     n = sum(pq.read_metadata(path).num_rows for path in paths)
     step = -(-n // SAMPLE)
-    mean, basis = components(np.concatenate([block[::step] for block in _blocks(paths)]))
+    some = [block[::step].copy() for block in _blocks(paths)]  # a view would keep its whole block
+    mean, basis = components(np.concatenate(some))
     points = np.concatenate([(block - mean) @ basis for block in _blocks(paths)])
     largest = points[np.abs(points).argmax(0), range(2)]
     return np.asarray(np.round(points * np.where(largest < 0, -1, 1), 5))
