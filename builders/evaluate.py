@@ -20,6 +20,7 @@ from builders.directions import load_dictionary
 from builders.mllm import chat_inputs
 from builders.splice import Spliced, answered, recovered, splice
 from builders.stages import Work
+from builders.statistics import interval, rate
 from builders.steering import load_steering, release_setting
 from builders.tokens import held_out
 from builders.train_sae import load_sae
@@ -86,6 +87,22 @@ def effect(plain: Forward, steered: Forward) -> dict[str, float]:
     }
 
 
+def each(plain: Forward, steered: Forward) -> dict[str, list[float]]:
+    """Those figures of a steered forward that are one a stimulus: `kl` and `next_token_changed`."""
+    p, q = (f.logits.double().log_softmax(-1) for f in (plain, steered))
+    changed = p.argmax(-1) != q.argmax(-1)
+    return {"kl": (p.exp() * (p - q)).sum(-1).tolist(), "next_token_changed": changed.double().tolist()}
+
+
+def intervals(batches: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """95 % intervals of the means of `each`, over all batches: by figure, low and high."""
+    kl, changed = (
+        np.array([[x for batch in batches for x in batch[name]]]) for name in ("kl", "next_token_changed")
+    )
+    found = {"kl": interval(kl), "next_token_changed": rate(changed)}
+    return {f"{name}_interval": [told.low, told.high] for name, told in found.items()}
+
+
 def averaged(sums: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Figures from the sums of batches: a mean a position or a stimulus, and how many there were of each."""
     total: Counter[str] = Counter()
@@ -135,7 +152,7 @@ def evaluate_batch(
         scope: Positions that are steered.
 
     Returns:
-        By name: `sums` (see `effect`), `method` (its settings) and `fired` (see `fired`).
+        By name: `sums` (see `effect`), `each`, `method` (its settings) and `fired` (see `fired`).
 
     Raises:
         ActivationError: after all methods the model without steering is not, bit for bit, what it was before.
@@ -144,12 +161,14 @@ def evaluate_batch(
     found = {}
     for name, method in methods.items():
         with steer(model, method, scope=scope, on_empty="pass", base_model_ok=True) as run:
-            found[name] = {"sums": effect(plain, forward(model, inputs, layers)), "method": str(method)}
-            found[name]["fired"] = fired(run.report())
+            steered = forward(model, inputs, layers)
+            found[name] = {"sums": effect(plain, steered), "each": each(plain, steered)}
+            found[name] |= {"method": str(method), "fired": fired(run.report())}
     again = forward(model, inputs, layers)
     if not all(torch.equal(before, after) for before, after in zip(plain, again, strict=True)):
         raise ActivationError("expected no trace of steering, got other logits than before; is a hook left?")
-    return {"none": {"sums": effect(plain, again), "method": "no steering", "fired": {}}} | found
+    same = {"sums": effect(plain, again), "each": each(plain, again)}
+    return {"none": same | {"method": "no steering", "fired": {}}} | found
 
 
 def steering_methods(steering: SteeringSAE, dictionary: ConceptDictionary) -> dict[str, Method]:
@@ -240,6 +259,7 @@ def _steering_figures(shards: Sequence[Path]) -> dict[str, Any]:
     for name in batches[0]:
         figures = averaged(batch[name]["sums"] for batch in batches)
         check_finite(figures, name)
+        figures |= intervals([batch[name]["each"] for batch in batches])
         counts = sum((Counter(batch[name]["fired"]) for batch in batches), Counter[str]())
         most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:N_TOP]
         found[name] = {"method": batches[0][name]["method"], **figures, "n_fired": len(counts)}

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from cards.album import PICTURES
-from cards.escape import one_line
+from cards.escape import number, one_line
 from cards.suites import SECTIONS, model_index, suite_facts
 from cards.tuning import TUNING, chosen_results, tuning_facts
 from daco.errors import FormatError, IntegrityError
@@ -73,7 +73,7 @@ EVALUATION_NOTES = {
     "changed": "share of positions steered",
     "relative_change": "size of the change over size of the activation, after the last layer",
     "kl": "KL divergence of the next token from the unsteered model, in nats",
-    "next_token_changed": "share of prompts with another most likely next token",
+    "next_token_changed": "share of prompts with another most likely next token; in brackets 95 % intervals",
     "n_fired": "undesirable atoms or concepts that fired",
 }
 """What the figures of an evaluation are."""
@@ -460,7 +460,8 @@ def _table(title: str, section: Mapping[str, Any]) -> dict[str, Any]:
     if all(isinstance(row, Mapping) for row in section.values()):
         # lists are for programs: a table of figures has no room for them
         found = {
-            name: {k: v for k, v in row.items() if not isinstance(v, list)} for name, row in section.items()
+            name: {k: _with_interval(k, row) for k, v in row.items() if not isinstance(v, list)}
+            for name, row in section.items()
         }
         titles = [str(row.pop("method", name)) for name, row in found.items()]
         names = titles if len(set(titles)) == len(titles) else list(found)
@@ -480,6 +481,15 @@ def _table(title: str, section: Mapping[str, Any]) -> dict[str, Any]:
         "shared": shared,
         "notes": notes,
     }
+
+
+def _with_interval(name: str, row: Mapping[str, Any]) -> Any:
+    """A figure, with its 95 % interval where the row has one."""
+    spread = row.get(f"{name}_interval")
+    if not isinstance(spread, list) or len(spread) != 2:
+        return row[name]
+    low, high = (number(value) for value in spread)
+    return f"{number(row[name])} ({low} to {high})"
 
 
 def _shared(rows: Mapping[str, Mapping[str, Any]], columns: list[str]) -> dict[str, Any]:

@@ -217,11 +217,13 @@ def test_numbers_of_a_model_are_its_files(tmp_path: Path) -> None:
 
 
 def test_figures_are_named_and_fit_the_page() -> None:
-    figures = {"kl": 0.5, "n_stimuli": 64, "fired": ["a", "b"]}
+    figures = {"kl": 0.5, "n_stimuli": 64, "fired": ["a", "b"], "kl_interval": [0.25, 0.751]}
     evaluation = {"steering": {"a": {"method": "A, 1", **figures}, "b": {"method": "B, 2", **figures}}}
     (table,) = tables_of(evaluation | {"suites": {}})
     assert (table["rows_are"], table["columns"], table["shared"]) == ("method", ["kl"], {"n_stimuli": 64})
-    assert table["rows"].keys() == {"A, 1", "B, 2"}
+    assert table["rows"] == {"A, 1": {"kl": "0.5 (0.25 to 0.751)", "n_stimuli": 64}} | {
+        "B, 2": {"kl": "0.5 (0.25 to 0.751)", "n_stimuli": 64}
+    }
     assert table["notes"]["kl"].startswith("KL divergence")
     evaluation["steering"]["b"]["method"] = "A, 1"
     assert tables_of(evaluation)[0]["rows"].keys() == {"a", "b"}  # no row is lost to another of its name

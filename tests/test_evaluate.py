@@ -59,6 +59,23 @@ def test_averages_weigh_positions_and_stimuli():
     assert found["relative_change"] == pytest.approx((one["relative_change"] + two["relative_change"]) / 18)
 
 
+def test_intervals_are_of_the_figures_of_each_stimulus():
+    batches = [stage.each(forwards(i), forwards(i + 50)) for i in range(20)]
+    sums = [stage.effect(forwards(i), forwards(i + 50)) for i in range(20)]
+    for each, batch in zip(batches, sums, strict=True):
+        assert sum(each["kl"]) == pytest.approx(batch["kl"])
+        assert sum(each["next_token_changed"]) == batch["next_token_changed"]
+    found = stage.intervals(batches)
+    kl = np.array([x for each in batches for x in each["kl"]])
+    low, high = found["kl_interval"]
+    half = 1.96 * kl.std(ddof=1) / np.sqrt(len(kl))
+    assert (low, high) == (
+        pytest.approx(kl.mean() - half, abs=half / 4),
+        pytest.approx(kl.mean() + half, abs=half / 4),
+    )
+    assert found["next_token_changed_interval"] == pytest.approx([0.912, 1.0], abs=1e-3)  # 40 of 40, Wilson
+
+
 def test_figures_that_are_not_finite_are_refused():
     with pytest.raises(ActivationError, match="mop: expected finite figures, got kl = nan"):
         stage.check_finite({"changed": 0.5, "kl": float("nan")}, "mop")
