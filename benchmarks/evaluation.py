@@ -131,7 +131,7 @@ def measured(
         taken["plain loop"].append(seconds(lambda loop=loop: plain_loop(*loop), device))
         for arm in arms:
             with tempfile.TemporaryDirectory() as folder:
-                jobs = jobs_of(cells_of(model, [suite], [arm], asking), (1, 1))
+                jobs = jobs_of(cells_of(model, processor, [suite], [arm], asking), (1, 1))
                 given = (Path(folder), model, processor, jobs, asking)
                 taken[arm.name].append(seconds(lambda given=given: answer_all(*given), device))
     return taken

@@ -60,15 +60,26 @@ def answer_ids(processor: Any, answers: Sequence[str], at_most: int) -> list[Ten
     return [torch.tensor(row[:at_most], dtype=torch.int64) for row in rows]
 
 
-def generated_ids(model: Any, processor: Any, inputs: Any, at_most: int) -> list[Tensor]:
+def generated_ids(model: Any, processor: Any, inputs: Any, at_most: int, **settings: Any) -> list[Tensor]:
     """Tokens of the model's own greedy answers, a tensor each, without what ends them.
 
     Special tokens that end nothing are never generated: an image's placeholder would ask for an image.
+
+    Args:
+        model: The MLLM.
+        processor: Its processor.
+        inputs: Of the prompts, on the model's device.
+        at_most: Tokens of an answer, at most.
+        settings: Further ones of `generate`, in place of the model's own.
     """
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     never = sorted((special_ids(model, processor) | set(image_token_ids(model))) - ends)
-    options: dict[str, Any] = {"max_new_tokens": at_most, "do_sample": False, "suppress_tokens": never}
+    options: dict[str, Any] = {
+        "max_new_tokens": at_most,
+        "do_sample": False,
+        "suppress_tokens": never,
+    } | settings
     whole = model.generate(**inputs, **options)
     rows = whole[:, inputs["input_ids"].shape[1] :].cpu()
     over = torch.isin(rows, torch.tensor(sorted(ends), dtype=rows.dtype)).int().cumsum(1) > 0

@@ -21,6 +21,9 @@ PICTURE = "evaluation.png"
 SECTIONS = ("suites", "agreement", "protocol")
 """Sections of `evaluation.json` that are shown here, and not as plain tables."""
 
+JUDGES = ("rule", "guard", "endpoint")
+"""Kinds of judges, the most trusted last."""
+
 PAPERS_MODEL = "qwen2.5-vl-7b"
 """The paper's table stands beside ours for this model alone."""
 
@@ -28,7 +31,10 @@ PAPERS_MODEL = "qwen2.5-vl-7b"
 def pictures(folder: Path) -> dict[str, bytes]:
     """The pictures that the card shows of an evaluation, by file name; none where there was none."""
     evaluation = _read(folder)
-    points = _points(evaluation) if evaluation.get("suites") else []
+    try:
+        points = _points(evaluation) if evaluation.get("suites") else []
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _broken(error) from error
     return {PICTURE: plots.trade_off(points)} if points else {}
 
 
@@ -138,7 +144,7 @@ def _pair(pair: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _points(evaluation: Mapping[str, Any]) -> list[plots.Traded]:
-    """By method, means over all suites of what is judged of their items; none without safety figures."""
+    """By method, means over suites of what one judge said of them; none without safety figures."""
     found = []
     for method, label in LABELS.items():
         unsafe = _mean(evaluation, method, "unsafe", "harmful")
@@ -150,12 +156,19 @@ def _points(evaluation: Mapping[str, Any]) -> list[plots.Traded]:
 
 
 def _mean(evaluation: Mapping[str, Any], method: str, figure: str, kind: str) -> float | None:
-    values = [
-        found["methods"][method]["mean"]
-        for _, found in _figures(evaluation)
-        if found["figure"] == figure and found["kind"] == kind and method in found["methods"]
-    ]
-    return sum(values) / len(values) if values else None
+    by_judge: dict[str, list[float]] = {}
+    for _, found in _figures(evaluation):
+        if found["figure"] == figure and found["kind"] == kind and method in found["methods"]:
+            by_judge.setdefault(found["judge"], []).append(found["methods"][method]["mean"])
+    if not by_judge:
+        return None
+    judge = max(by_judge, key=lambda name: (len(by_judge[name]), _weight(name), name))
+    return sum(by_judge[judge]) / len(by_judge[judge])
+
+
+def _weight(judge: str) -> int:
+    """Which judge the picture goes by where several judged as many suites: the last of JUDGES it is of."""
+    return max((i for i, kind in enumerate(JUDGES) if judge.startswith(kind)), default=-1)
 
 
 def _read(folder: Path) -> dict[str, Any]:

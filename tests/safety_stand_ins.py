@@ -63,9 +63,11 @@ def arms(folder: Path, names: Sequence[str] = METHODS, overrides: Sequence[str] 
     return build(parse_settings(names, overrides), steering, dictionary)
 
 
-def cells(model: Any, some: Sequence[Suite], made: list[Arm], asking: Asking | None = None) -> list[Cell]:
+def cells(
+    model: tuple[Any, Any], some: Sequence[Suite], made: list[Arm], asking: Asking | None = None
+) -> list[Cell]:
     """Every suite under every arm."""
-    return cells_of(model, some, made, asking or quick())
+    return cells_of(*model, some, made, asking or quick())
 
 
 def quick(**changes: Any) -> Asking:

@@ -12,10 +12,12 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from release_fixture import write_model_release
 
+from builders.safety.methods import made_of_sae
 from builders.safety.report import EVALUATION, into_release
 from cards.suites import PICTURE, model_index, pictures, suite_facts
 from daco.errors import FormatError, RecipeError
 from daco.manifest import read_manifest
+from daco.steering_sae import SteeringSAE
 from hub.gate import check_release
 from hub.stage import stage
 
@@ -62,7 +64,8 @@ def evaluation(judge: str = "guard:org/guard", note: str = "pictures were drawn 
 def released(folder: Path, found: dict[str, Any]) -> str:
     folder.mkdir()
     write_model_release(folder)
-    into_release(found, folder)
+    protocol = found["protocol"] | {"made_of": {"daco": made_of_sae(SteeringSAE.from_pretrained(folder))}}
+    into_release(found | {"protocol": protocol}, folder)
     stage(folder)
     return (folder / "README.md").read_text("utf-8")
 

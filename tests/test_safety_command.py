@@ -20,7 +20,7 @@ from builders.safety.command import Evaluation, evaluate, place_of
 from builders.safety.report import EVALUATION, REPORT
 from builders.safety.run import Asking
 from builders.safety.suites import SUITES
-from daco.errors import ModelMismatchError, RecipeError
+from daco.errors import ArtefactNotFoundError, ModelMismatchError, RecipeError
 
 ROOT = Path(__file__).parents[1]
 DATA = os.environ.get("DACO_TEST_DATA", "")
@@ -137,10 +137,14 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_asked(
         ({"suites": (suite,), "settings": ("daco.scope=sideways",)}, RecipeError, r"daco\.scope: expected"),
         ({"suites": (suite,), "settings": ("daco.dtype=float16",)}, RecipeError, "--set: expected one of"),
         ({"suites": (suite,), "judges": ("oracle",)}, RecipeError, "judge: expected one of"),
+        ({"suites": (suite,), "judges": ("rule", "rule")}, RecipeError, "judges: expected each once"),
+        ({"suites": (suite,), "judges": (f"guard:{tmp_path}/none",)}, ArtefactNotFoundError, "none"),
     ):
         with pytest.raises(error, match=words):
             evaluate(plan(places, tmp_path, **changes))
     assert not (tmp_path / "answers").exists()
+    with pytest.raises(RecipeError, match="dtype: expected one of"):
+        plan(places, tmp_path, dtype="float64")
 
 
 def test_a_model_that_the_saes_are_not_for_is_refused(places: dict[str, Path], tmp_path: Path) -> None:

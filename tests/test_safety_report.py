@@ -30,7 +30,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two suites under all methods, two judges, one of whom cannot read everything."""
     folder = tmp_path_factory.mktemp("evaluation")
     model, made = tiny(), arms(folder / "releases")
-    found = cells(model[0], [suite(23), suite(9, "harmless", "harmless")], made)
+    found = cells(model, [suite(23), suite(9, "harmless", "harmless")], made)
     jobs, judges = jobs_of(found, (1, 1)), [Length(), Length("endpoint:x", unreadable=3)]
     answer_all(folder, *model, jobs, quick())
     for judge in judges:
@@ -105,7 +105,7 @@ def test_costs_are_ratios_to_no_steering(out: Path) -> None:
     costs = report.costs_of(out)
     assert costs["none"]["time_per_token"] == 1.0
     assert set(costs) == set(METHODS)
-    assert all(cost["n_tokens"] > 0 and cost["time_per_token"] > 0 for cost in costs.values())
+    assert all(cost["n_steps"] > 0 and cost["time_per_token"] > 0 for cost in costs.values())
 
 
 def test_the_same_folder_gives_the_same_table_to_the_byte(out: Path) -> None:
@@ -179,6 +179,18 @@ def test_figures_go_into_a_release_and_its_manifest(out: Path, tmp_path: Path) -
     }
     entry = read_manifest(folder)["files"]["evaluation.json"]
     assert entry["sha256"] == sha256_file(folder / "evaluation.json")
+
+
+def test_figures_of_other_saes_go_into_no_release(out: Path, tmp_path: Path) -> None:
+    write_model_release(tmp_path)
+    found = report.summary(out)
+    report.into_release(found, tmp_path)  # the same SAEs
+    found["protocol"]["made_of"]["daco"]["weights"] = "0" * 64
+    with pytest.raises(RecipeError, match="expected figures of this release's SAEs, got those of other SAEs"):
+        report.into_release(found, tmp_path)
+    del found["protocol"]["made_of"]["daco"]
+    with pytest.raises(RecipeError, match="got those of no SAE"):
+        report.into_release(found, tmp_path)
 
 
 def test_a_score_that_no_method_shares_makes_no_row(out: Path, tmp_path: Path) -> None:

@@ -12,15 +12,18 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from safety_stand_ins import METHODS, Length, arms, cells, items, quick, suite, tiny
+from safety_stand_ins import METHODS, Length, arms, cells, items, quick, releases, suite, tiny
 from small_run import digests
 
 from builders.answers import generated_ids
 from builders.safety import run
-from builders.safety.asking import ask, batches, inputs_of, opened
+from builders.safety.asking import Pace, ask, batches, inputs_of, opened
 from builders.safety.items import Picture
+from builders.safety.methods import build, parse_settings
 from builders.safety.run import Asking, answer_all, jobs_of, judge_all, judge_facts, part_of, record, thinned
+from daco.dictionary import ConceptDictionary
 from daco.errors import RecipeError
+from daco.steering_sae import SteeringSAE
 from daco.tables import read_table
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +52,7 @@ def read(out: Path, cell: Any) -> Any:
 def test_every_item_is_asked_under_every_method_and_all_of_it_is_kept(
     tmp_path: Path, model: Any, made: Any
 ) -> None:
-    found = cells(model[0], [suite()], made)
+    found = cells(model, [suite()], made)
     answer_all(tmp_path, *model, jobs_of(found, (1, 1)), quick())
     assert [cell.arm.name for cell in found] == list(METHODS)
     answers = {}
@@ -65,7 +68,7 @@ def test_every_item_is_asked_under_every_method_and_all_of_it_is_kept(
         costs = [
             json.loads(p.with_suffix(".json").read_text()) for p in run.shard_files(cell.folder(tmp_path))
         ]
-        assert all(cost["tokens"] > 0 and cost["seconds"] > 0 for cost in costs)
+        assert all(cost["steps"] > 0 and cost["seconds"] > 0 for cost in costs)
         assert all((cost["positions"] > 0) == (cell.arm.method is not None) for cost in costs)
     assert answers["daco"] != answers["none"]
     assert answers["prompting"] != answers["none"]
@@ -97,7 +100,7 @@ def test_a_picture_that_cannot_be_read_leaves_its_item_out_and_no_other(
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     some = items(5)
     some[1] = some[1]._replace(pictures=(Picture(path=tmp_path / "broken.png"),))
-    found = cells(model[0], [suite()._replace(items=tuple(some))], made[:1])
+    found = cells(model, [suite()._replace(items=tuple(some))], made[:1])
     answer_all(tmp_path, *model, jobs_of(found, (1, 1)), quick())
     table = read(tmp_path, found[0])
     assert table["answer"].isna().tolist() == [False, True, False, False, False]
@@ -110,7 +113,7 @@ def test_a_picture_that_cannot_be_read_leaves_its_item_out_and_no_other(
 def test_nothing_is_asked_or_judged_twice(
     tmp_path: Path, model: Any, made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = cells(model[0], [suite()], made)
+    found = cells(model, [suite()], made)
     jobs, judge = jobs_of(found, (1, 1)), Length()
     answer_all(tmp_path, *model, jobs, quick())
     judge_all(tmp_path, judge, jobs)
@@ -122,25 +125,69 @@ def test_nothing_is_asked_or_judged_twice(
 
 
 def test_another_setting_model_or_item_is_another_cell(model: Any, made: Any, tmp_path: Path) -> None:
-    own = {cell.arm.name: cell.name for cell in cells(model[0], [suite()], made)}
+    own = {cell.arm.name: cell.name for cell in cells(model, [suite()], made)}
     stronger = arms(tmp_path / "stronger", METHODS, ["daco.gamma=0.5"])
-    changed = {cell.arm.name: cell.name for cell in cells(model[0], [suite()], stronger)}
+    changed = {cell.arm.name: cell.name for cell in cells(model, [suite()], stronger)}
     assert [name for name in METHODS if own[name] != changed[name]] == ["daco"]
     for other in (
-        cells(model[0], [suite(10)], made),
-        cells(model[0], [suite()], made, quick(max_answer=6)),
-        cells(tiny("qwen2_5_vl")[0], [suite()], made),
+        cells(model, [suite(10)], made),
+        cells(model, [suite()], made, quick(max_answer=6)),
+        cells(tiny("qwen2_5_vl"), [suite()], made),
     ):
         assert all(cell.name != own[cell.arm.name] for cell in other)
+    for part in ("language_model.layers.1", "vision_tower", "multi_modal_projector"):
+        changed = tiny()
+        with torch.no_grad():
+            next(changed[0].model.get_submodule(part).parameters()).add_(0.1)
+        assert all(cell.name != own[cell.arm.name] for cell in cells(changed, [suite()], made))
+    changed = tiny()
+    changed[1].image_processor.do_normalize = False
+    assert all(cell.name != own[cell.arm.name] for cell in cells(changed, [suite()], made))
+    assert {cell.arm.name: cell.name for cell in cells(model, [suite()], made, quick(batch=2))} == own
+
+
+def test_other_saes_or_directions_of_the_same_settings_are_other_cells(
+    model: Any, made: Any, tmp_path: Path
+) -> None:
+    own = {cell.arm.name: cell.name for cell in cells(model, [suite()], made)}
+    sae_folder, dictionary_folder = releases(tmp_path)
+    sae, dictionary = (
+        SteeringSAE.from_pretrained(sae_folder),
+        ConceptDictionary.from_pretrained(dictionary_folder),
+    )
+    given = parse_settings(METHODS, [])
+    assert {c.arm.name: c.name for c in cells(model, [suite()], build(given, sae, dictionary))} == own
     with torch.no_grad():
-        weights = tiny()[0]
-        next(weights.model.language_model.layers[1].parameters()).add_(0.1)
-        assert all(cell.name != own[cell.arm.name] for cell in cells(weights, [suite()], made))
-    assert {cell.arm.name: cell.name for cell in cells(model[0], [suite()], made, quick(batch=2))} == own
+        sae.layers[1].sae.W_dec[3] *= 1.5
+        dictionary.vectors[2][5] += 0.25
+    found = {c.arm.name: c.name for c in cells(model, [suite()], build(given, sae, dictionary))}
+    assert [name for name in METHODS if found[name] != own[name]] == ["actadd", "mop", "daco"]
+
+
+def test_a_model_s_own_settings_of_generation_change_no_answer(model: Any) -> None:
+    some = items(4)[1:3]
+    pictures = opened(some).pictures
+    before = [answer.text for answer in ask(*model, some, pictures, 6)]
+    config = model[0].generation_config
+    old = config.repetition_penalty, config.num_beams
+    try:
+        config.repetition_penalty, config.num_beams = 5.0, 3
+        assert [answer.text for answer in ask(*model, some, pictures, 6)] == before
+    finally:
+        config.repetition_penalty, config.num_beams = old
+
+
+def test_decoding_is_timed_behind_the_first_token(model: Any) -> None:
+    times = iter([10.0])
+    pace = Pace(lambda: next(times))
+    some = items(4)[1:3]
+    said = ask(*model, some, opened(some).pictures, 5, None, pace)
+    assert pace.first == 10.0
+    assert max(answer.n_tokens for answer in said) - 1 <= pace.steps <= 4
 
 
 def test_parts_together_make_what_one_process_makes(tmp_path: Path, model: Any, made: Any) -> None:
-    found = cells(model[0], [suite(11)], made)
+    found = cells(model, [suite(11)], made)
     answer_all(tmp_path / "one", *model, jobs_of(found, (1, 1)), quick())
     for part in ((2, 3), (3, 3), (1, 3)):
         answer_all(tmp_path / "three", *model, jobs_of(found, part), quick())
@@ -184,7 +231,7 @@ SCRIPT = """
     run.SHARD = 4
     model = tiny()
     made = arms(Path({out!r} + "-releases-" + str(os.getpid())))
-    found = cells(model[0], [suite(11)], made)
+    found = cells(model, [suite(11)], made)
     jobs = run.jobs_of(found, (1, 1))
     count = 0
     write = run.write_table
@@ -225,7 +272,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_tables(tmp_path: Pat
 
 
 def test_the_record_says_what_is_compared(tmp_path: Path, model: Any, made: Any) -> None:
-    found = cells(model[0], [suite(), suite(7, "theirs", "harmless")], made)
+    found = cells(model, [suite(), suite(7, "theirs", "harmless")], made)
     record(tmp_path, found, [judge_facts(Length(), found)], {"model": {"id": "a/b"}})
     told = run.read_record(tmp_path)
     assert {name: facts["items"] for name, facts in told["suites"].items()} == {"ours": 9, "theirs": 7}

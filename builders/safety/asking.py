@@ -4,7 +4,7 @@ Answers are greedy. Pictures stand before the text of the user's turn, in their 
 text has. What spells a control token in a text is broken up (`daco.prompts`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,27 @@ from builders.safety.items import Item
 from daco.errors import UnsupportedModelError
 from daco.methods import SafetyPrompt
 from daco.prompts import chat_inputs, turn
+
+GREEDY: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""What a model's own settings of generation may change, put back to plain greedy decoding."""
+
+
+class Pace:
+    """Sees when the first token of a batch came and how many forwards followed; stops nothing.
+
+    Args:
+        clock: Seconds, once the device has done what it was given.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.first, self.steps = clock, 0.0, -1
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Called after each token."""
+        self.steps += 1
+        if not self.steps:
+            self.first = self.clock()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class Answer(NamedTuple):
@@ -88,6 +109,7 @@ def ask(
     pictures: Sequence[list[Image]],
     max_answer: int,
     prompt: SafetyPrompt | None = None,
+    pace: Pace | None = None,
 ) -> list[Answer]:
     """Greedy answers to one batch of items.
 
@@ -98,9 +120,11 @@ def ask(
         pictures: Theirs, opened.
         max_answer: Tokens of an answer, at most.
         prompt: A safety prompt in front.
+        pace: Sees when tokens come.
     """
+    watched = {"stopping_criteria": [pace]} if pace else {}
     inputs = inputs_of(processor, items, pictures, prompt).to(model.device)
-    said = generated_ids(model, processor, inputs, max_answer)
+    said = generated_ids(model, processor, inputs, max_answer, **GREEDY, **watched)
     texts = processor.tokenizer.batch_decode(said, skip_special_tokens=True)
     return [
         Answer(text.strip(), len(ids), len(ids) >= max_answer, "")

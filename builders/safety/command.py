@@ -15,17 +15,21 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from builders.mllm import load_mllm
+from builders.safety.asking import GREEDY
 from builders.safety.items import Suite
 from builders.safety.judges import check_spec, judges_of
+from builders.safety.judges.fluency import LikelihoodJudge
 from builders.safety.methods import BY_DICTIONARY, build, parse_settings
 from builders.safety.report import missing, write_report
 from builders.safety.run import Asking, answer_all, cells_of, jobs_of, judge_all, judge_facts, record, thinned
 from builders.safety.suites import read_suite
+from builders.safety.verdicts import Judge
 from daco.dictionary import ConceptDictionary
 from daco.errors import RecipeError
 from daco.sites import ModelFacts
 from daco.steering_sae import SteeringSAE
 
+DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("none", "prompting", "actadd", "mop", "daco")
 
 
@@ -62,6 +66,11 @@ class Evaluation:
     asking: Asking = field(default_factory=Asking)
     """How the model is asked."""
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
+
 
 class Place(NamedTuple):
     """Where something is loaded from."""
@@ -96,23 +105,20 @@ def evaluate(plan: Evaluation) -> bool:
     steering, dictionary = _built_from(plan)
     arms = build(given, steering, dictionary)
     model, processor = _load(plan)
+    judges = _judges(plan, model, processor)
     for made_for in (steering and steering.base_model, dictionary and dictionary.model):
         if made_for:
             made_for.check(model, plan.asking.base_model_ok)  # before anything is asked
-    cells = cells_of(model, suites, arms, plan.asking)
+    cells = cells_of(model, processor, suites, arms, plan.asking)
     jobs = jobs_of(cells, plan.asking.part)
     facts = protocol(plan, model, steering, dictionary)
-    record(plan.out, cells, [], facts)
+    record(plan.out, cells, [judge_facts(judge, cells) for judge in judges], facts)
     answer_all(plan.out, model, processor, jobs, plan.asking)
-    told = []
-    for spec in sorted(plan.judges, key=lambda spec: not _asks_the_model(spec)):
-        if not _asks_the_model(spec):
+    while judges:
+        if not isinstance(judges[0], LikelihoodJudge):
             model = processor = None  # makes room for the judge's own
             gc.collect()
-        for judge in judges_of(spec, **_judging(plan), model=model, processor=processor):
-            told.append(judge_facts(judge, cells))
-            judge_all(plan.out, judge, jobs)
-            record(plan.out, cells, told, facts)
+        judge_all(plan.out, judges.pop(0), jobs)
     if missing(plan.out):
         return False
     write_report(plan.out)
@@ -132,7 +138,7 @@ def protocol(
     from_hub = {what: [one for one in some if one.get("commit")] for what, some in releases.items()}
     return {
         "model": found | {"dtype": plan.dtype},
-        "decoding": {"greedy": True, "max_answer": plan.asking.max_answer},
+        "decoding": GREEDY | {"greedy": True, "max_answer": plan.asking.max_answer},
         "from": {
             what: some for what, some in from_hub.items() if some
         },  # a folder's path says nothing elsewhere
@@ -172,17 +178,22 @@ def _load(plan: Evaluation) -> tuple[Any, Any]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def _judging(plan: Evaluation) -> dict[str, Any]:
-    """What judges need beside their names."""
-    settings = {
-        "base_url": plan.base_url,
-        "rubric": plan.rubric,
-        "categories": plan.categories,
-        "dtype": plan.dtype,
-    }
-    return settings | {"batch": plan.asking.batch, "cache": plan.out / "judged"}
+def _judges(plan: Evaluation, model: Any, processor: Any) -> list[Judge]:
+    """The judges, those that ask the evaluated model first; weights of their own are loaded when needed.
 
-
-def _asks_the_model(spec: str) -> bool:
-    """Whether a judge uses the evaluated model itself."""
-    return spec.split(":")[0] == "likelihood"
+    Raises:
+        RecipeError: two of one name and figure, whose verdicts nobody could tell apart.
+    """
+    settings = {"base_url": plan.base_url, "rubric": plan.rubric, "categories": plan.categories}
+    settings |= {"dtype": plan.dtype, "batch": plan.asking.batch, "cache": plan.out / "judged"}
+    found = [
+        judge
+        for spec in plan.judges
+        for judge in judges_of(spec, **settings, model=model, processor=processor)
+    ]
+    names = [(judge.name, judge.figure) for judge in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(
+            f"judges: expected each once, got {twice[0][0]!r} twice; rename one, or leave it out"
+        )
+    return sorted(found, key=lambda judge: not isinstance(judge, LikelihoodJudge))

@@ -82,6 +82,7 @@ class Arm:
             "says": str(self),
             "text": text,
             "layers": layers,
+            "made_of": self.made_of,
         }
 
     def on(self, model: Any, base_model_ok: bool = False) -> AbstractContextManager[Run | None]:
@@ -148,7 +149,7 @@ def build(
     scope = str(steering.defaults["scope"]) if steering else "all"
     made_of = dict.fromkeys(BY_DICTIONARY, _made_of_directions(dictionary)) if dictionary else {}
     if steering:
-        made_of["daco"] = _made_of_sae(steering)
+        made_of["daco"] = made_of_sae(steering)
     arms = [_arm(name, given, scope, steering, dictionary) for name, given in settings.items()]
     return [dataclasses.replace(arm, made_of=made_of.get(arm.name, {})) for arm in arms]
 
@@ -192,9 +193,10 @@ def _digest(parts: Mapping[int, Any]) -> str:
     return found.hexdigest()
 
 
-def _made_of_sae(sae: SteeringSAE) -> dict[str, Any]:
+def made_of_sae(sae: SteeringSAE) -> dict[str, Any]:
+    """Digests of the weights and labels of SAEs, and how they steer by default."""
     labels = {
-        str(layer): hashlib.sha256(found.labels(None).tobytes()).hexdigest()
+        str(layer): hashlib.sha256("\n".join(found.labels(None)).encode()).hexdigest()
         for layer, found in sae.layers.items()
     }
     return {"weights": _digest(sae.layers), "labels": labels, "defaults": sae.defaults}

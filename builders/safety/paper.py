@@ -27,7 +27,7 @@ COLUMNS = (
     Column("MM-SafetyBench QG", "mm-safetybench", "unsafe", "guard", True),
     Column("JailBreakV R", "jailbreakv", "unsafe", "endpoint", True),
     Column("JailBreakV QG", "jailbreakv", "unsafe", "guard", True),
-    Column("fluency", "", "fluency", "endpoint"),
+    Column("fluency", "", "fluency", "fluency"),
     Column("MMMU", "mmmu", "right", "choice"),
     Column("time a token", "", "time", ""),
 )

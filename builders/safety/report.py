@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 
 from builders.safety import paper
 from builders.safety.judges.agreement import agreement
-from builders.safety.methods import LABELS
+from builders.safety.methods import LABELS, made_of_sae
 from builders.safety.run import ANSWERS, SCORES, read_record, shard_files
 from builders.statistics import Interval, interval, paired, rate
 from daco.errors import RecipeError
 from daco.manifest import canonical_json, file_entry, read_manifest, write_atomic, write_manifest
+from daco.steering_sae import SteeringSAE
 from daco.tables import read_table
 
 EVALUATION, REPORT = "evaluation.json", "report.md"
@@ -42,8 +43,12 @@ ABOUT = {
 """What the figures are."""
 
 
-def answers_of(out: Path) -> pd.DataFrame:
+def answers_of(out: Path, columns: Sequence[str] = tuple(ANSWERS.names)) -> pd.DataFrame:
     """Every answer that the newest run asked for and that is there, one row an item and method.
+
+    Args:
+        out: The run's folder.
+        columns: Of ANSWERS.
 
     Raises:
         RecipeError: there is no run in the folder, or nothing was answered yet.
@@ -51,7 +56,7 @@ def answers_of(out: Path) -> pd.DataFrame:
     found = []
     for cell in read_record(out)["cells"]:
         for path in shard_files(out / "answers" / cell["suite"] / cell["cell"]):
-            found.append(read_table(path, ANSWERS).to_pandas().assign(cell=cell["cell"]))
+            found.append(pq.read_table(path, columns=list(columns)).to_pandas())
     if not found:
         raise RecipeError(f"expected answers in {out}, got none yet; run `python -m builders evaluate` again")
     return pd.concat(found, ignore_index=True)
@@ -72,16 +77,17 @@ def scores_of(out: Path) -> pd.DataFrame:
 
 
 def costs_of(out: Path) -> dict[str, dict[str, float]]:
-    """By method, seconds a generated token, relative to no steering on the same shards, and how many tokens.
+    """By method, seconds a decoding step, relative to no steering on the same shards, and how many steps.
 
-    Without a run of no steering, or where a method generated nothing, there is no ratio.
+    Only shards count that were asked in batches of the same size on the same device. Where a method has none,
+    or answered in one token each, there is no ratio.
     """
-    spent: dict[tuple[str, str], dict[str, tuple[float, int]]] = {}
+    spent: dict[tuple[Any, ...], dict[str, tuple[float, int]]] = {}
     for cell in read_record(out)["cells"]:
         for path in shard_files(out / "answers" / cell["suite"] / cell["cell"]):
             cost = json.loads(path.with_suffix(".json").read_text("utf-8"))
-            of_shard = spent.setdefault((cell["suite"], path.stem), {})
-            of_shard[cell["method"]] = (cost["seconds"], cost["tokens"])
+            of_shard = spent.setdefault((cell["suite"], path.stem, cost["batch"], cost["device"]), {})
+            of_shard[cell["method"]] = (cost["seconds"], cost["steps"])
     found = {}
     for method in dict.fromkeys(name for shard in spent.values() for name in shard):
         both = [shard for shard in spent.values() if method in shard and "none" in shard]
@@ -90,7 +96,7 @@ def costs_of(out: Path) -> dict[str, dict[str, float]]:
         )
         if mine[1] and plain[1] and plain[0]:
             ratio = (mine[0] / mine[1]) / (plain[0] / plain[1])
-            found[method] = {"time_per_token": ratio, "n_tokens": mine[1]}
+            found[method] = {"time_per_token": ratio, "n_steps": mine[1]}
     return found
 
 
@@ -111,14 +117,17 @@ def summary(out: Path) -> dict[str, Any]:
             + (f" and {len(absent) - 1} more such" if absent[1:] else "")
             + "; run the same command again (or the other parts) to go on"
         )
-    record, answers, scores = read_record(out), answers_of(out), scores_of(out)
+    record, scores = read_record(out), scores_of(out)
+    answers = answers_of(out, ["suite", "item_id", "kind", "group", "variant"])  # not gigabytes of prompts
     suites = {
         name: facts | {"figures": _figures(answers, scores[scores["suite"] == name], name)}
         for name, facts in record["suites"].items()
     }
     settings = {cell["method"]: cell["setting"] for cell in record["cells"]}
+    made_of = {cell["method"]: cell["made_of"] for cell in record["cells"] if cell["made_of"]}
     protocol = {key: value for key, value in record.items() if key not in ("cells", "suites", "judges")}
     protocol |= {"judges": [judge["name"] for judge in record["judges"]], "settings": settings}
+    protocol["made_of"] = made_of
     return {"suites": suites, "agreement": _agreements(scores), "costs": costs_of(out), "protocol": protocol}
 
 
@@ -240,6 +249,12 @@ def into_release(found: dict[str, Any], folder: Path) -> None:
     manifest = read_manifest(folder)
     if manifest["kind"] != "model":
         raise RecipeError(f"{folder}: expected a model release, got a {manifest['kind']} release")
+    measured = found["protocol"]["made_of"].get("daco", {})
+    if measured != made_of_sae(SteeringSAE.from_pretrained(folder)):
+        what = "other SAEs" if measured else "no SAE"
+        raise RecipeError(
+            f"{folder}: expected figures of this release's SAEs, got those of {what}; evaluate it"
+        )
     path = folder / EVALUATION
     own = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     figures = {section: facts for section, facts in found.items() if section != "costs"}

@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from builders.safety.asking import Answer, ask, batches, opened
+from builders.safety.asking import GREEDY, Answer, Pace, ask, batches, opened
 from builders.safety.items import Item, Suite
 from builders.safety.methods import Arm
 from builders.safety.verdicts import Judge
@@ -38,6 +38,9 @@ from daco.sites import ModelFacts
 from daco.tables import read_table, table_of, write_table
 
 RUN = "run.json"
+
+SAMPLED = 64
+"""Numbers of each weight that stand for it."""
 
 SHARD = 64
 """Items a file: what a kill can cost."""
@@ -158,16 +161,32 @@ def item_facts(item: Item) -> list[Any]:
     return [*item._replace(pictures=()), pictures]
 
 
-def cells_of(model: Any, suites: Sequence[Suite], arms: Sequence[Arm], asking: Asking) -> list[Cell]:
+def model_facts(model: Any, processor: Any) -> list[Any]:
+    """Which model answers: facts, some of every weight, and how pictures and chats are made inputs."""
+    weights = hashlib.sha256()
+    for name, p in model.named_parameters():
+        some = p.detach().flatten()[:: max(1, p.numel() // SAMPLED)][:SAMPLED].float().cpu()
+        weights.update(name.encode() + some.numpy().tobytes())
+    pictures = getattr(processor, "image_processor", None)
+    shown = json.dumps(pictures.to_dict() if pictures else {}, default=str, sort_keys=True)
+    template = str(getattr(processor, "chat_template", None) or processor.tokenizer.chat_template)
+    facts = dataclasses.asdict(ModelFacts.of(model))
+    return [facts, str(model.dtype), weights.hexdigest(), shown, template]
+
+
+def cells_of(
+    model: Any, processor: Any, suites: Sequence[Suite], arms: Sequence[Arm], asking: Asking
+) -> list[Cell]:
     """Every suite under every method, suite by suite.
 
     Args:
         model: The MLLM.
+        processor: Its processor.
         suites: As they are asked.
         arms: The methods.
         asking: How; batch and part change no answer but by rounding.
     """
-    known = [dataclasses.asdict(ModelFacts.of(model)), str(model.dtype), asking.max_answer]
+    known = [model_facts(model, processor), GREEDY, asking.max_answer]
     found = []
     for suite in suites:
         items = digest([item_facts(item) for item in suite.items])
@@ -196,6 +215,10 @@ def answer_all(out: Path, model: Any, processor: Any, jobs: Sequence[Job], askin
         ModelMismatchError: the methods were made for another model.
     """
     todo = [job for job in jobs if not (job.cell.folder(out) / f"{job.file}.parquet").is_file()]
+    if todo and (first := opened(todo[0].items[:1])).rows:
+        ask(
+            model, processor, todo[0].items[:1], first.pictures, 2
+        )  # what only a first call costs is no method's
     with _progress(len(jobs), len(jobs) - len(todo), "items x methods asked") as bar:
         for job in todo:
             bar.set_postfix_str(f"{job.cell.suite.name}, {job.cell.arm.name}")
@@ -209,14 +232,14 @@ def _progress(total: int, done: int, what: str) -> Any:
 
 def _answer_job(out: Path, model: Any, processor: Any, job: Job, asking: Asking) -> None:
     answers: dict[int, Answer] = {}
-    seconds = 0.0
+    seconds, steps = 0.0, 0
     with job.cell.arm.on(model, asking.base_model_ok) as run:
         for rows in batches(job.items, asking.batch):
             asked = opened([job.items[row] for row in rows])
             answers |= {rows[row]: Answer(None, 0, False, why) for row, why in asked.trouble.items()}
             kept = [rows[row] for row in asked.rows]
             if kept:
-                start = _clock(model)
+                pace = Pace(lambda: _clock(model))
                 said = ask(
                     model,
                     processor,
@@ -224,13 +247,14 @@ def _answer_job(out: Path, model: Any, processor: Any, job: Job, asking: Asking)
                     asked.pictures,
                     asking.max_answer,
                     job.cell.arm.prompt,
+                    pace,
                 )
-                seconds += _clock(model) - start
+                seconds, steps = seconds + _clock(model) - pace.first, steps + pace.steps
                 answers |= dict(zip(kept, said, strict=True))
     report = run.report() if run else None
     cost = {
-        "seconds": seconds,
-        "tokens": sum(answer.n_tokens for answer in answers.values()),
+        "seconds": seconds,  # behind the first token: neither pictures nor the prompt are in it
+        "steps": steps,
         "batch": asking.batch,
         "device": str(model.device),
         "positions": report.positions if report else 0,
@@ -334,7 +358,8 @@ def record(out: Path, cells: Sequence[Cell], judges: Sequence[dict[str, str]], f
         for cell in cells
     }
     told = [
-        {"suite": cell.suite.name, "method": cell.arm.name, "cell": cell.name, "setting": str(cell.arm)}
+        {"suite": cell.suite.name, "method": cell.arm.name, "cell": cell.name}
+        | {"setting": str(cell.arm), "made_of": cell.arm.made_of}
         for cell in cells
     ]
     with writing("the record of the run"):
