@@ -7,7 +7,7 @@ import csv
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from builders.vision import ensure_torchvision
-from cards.album import EXAMPLES, PICTURES
+from cards import suites, tuning
+from cards.album import MAP
 from cards.facts import CARD
 from daco.errors import DacoError
 from daco.manifest import MANIFEST, check_file, read_manifest, release_files
 from daco.sae_files import read_config
 from daco.sites import ModelFacts
+from daco.tables import ATOMS, ATOMS_MORE, CONCEPTS, LINKS, STIMULI, directions_schema
 from hub.changes import too_low
 from hub.local.card_rules import card_data, check_card
 from hub.plan import Refusal
@@ -64,16 +66,29 @@ SECTIONS = (
 
 PROMPTS = frozenset(
     (
-        *("behavior", "behaviour", "goal", "instruction", "jailbreak", "message", "messages"),
-        *("prompt", "prompts", "query", "question", "request"),
+        *("behavior", "behaviors", "behaviour", "behaviours", "goal", "goals", "instruction", "instructions"),
+        *("jailbreak", "jailbreaks", "message", "messages", "conversation", "conversations"),
+        *("prompt", "prompts", "query", "queries", "question", "questions", "request", "requests"),
     )
 )
-"""Names of columns and fields that hold what somebody asks a model; such texts may be harmful."""
+"""Words in names of columns, fields and files that hold what somebody asks a model; it may be harmful."""
+
+OURS = frozenset(
+    name
+    for schema in (STIMULI, LINKS, CONCEPTS, ATOMS, ATOMS_MORE, directions_schema(1))
+    for name in schema.names
+)
+"""Names of columns of DACO's own tables, none of which holds prompts."""
 
 TINY_ATTENTION = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
 
 NO_LICENCE = frozenset({"", "-", "?", "n/a", "na", "none", "tbd", "todo", "unknown"})
 """What stands for a licence where there is none; without a licence nothing may be passed on."""
+
+FORBIDDING = re.compile(
+    r"all\W+rights\W+reserved|(?<!non[- ])proprietary|\bno[\W_]*deriv|(?:\b|_)nd(?:\b|_)", re.IGNORECASE
+)
+"""What a licence says under which nothing, or nothing that was made from it, may be passed on."""
 
 UNREADABLE = (pa.ArrowException, OSError)
 """What pyarrow raises on a damaged parquet file."""
@@ -81,10 +96,18 @@ UNREADABLE = (pa.ArrowException, OSError)
 PIXELS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 """Suffixes of pictures."""
 
-PLOTS = tuple(name for name in PICTURES if name != EXAMPLES)
-"""Pictures that hold nothing of any source."""
+PLOTS = {"dataset": (MAP,), "model": (tuning.PICTURE, suites.PICTURE)}
+"""Pictures that hold nothing of any source, by kind of release."""
 
-_BINARY = (".safetensors", *PIXELS)
+TABLES = (".csv", ".tsv")
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+TEXTS = (*TABLES, *JSON_LINES, ".json", ".txt", ".md", ".jinja")
+"""Suffixes of files of text, which must be UTF-8."""
+
+KNOWN = (".parquet", ".safetensors", *TEXTS, *PIXELS)
+"""Suffixes of what may leave: files that the checks can look into."""
 
 
 def check_release(folder: Path) -> list[Refusal]:
@@ -127,6 +150,21 @@ def _formats(folder: Path) -> Iterator[Refusal]:
             yield Refusal(
                 "this format can run code when it is opened", name, "use safetensors, parquet or JSON"
             )
+        elif not name.lower().endswith(KNOWN):
+            what = f"expected a file of {', '.join(KNOWN)}, got {Path(name).suffix or 'no suffix'}"
+            yield Refusal(what, name, "leave it out, or convert it: nothing else can be checked")
+        elif name.lower().endswith(TEXTS) and not _is_utf8(folder / name):
+            yield Refusal("expected text in UTF-8, got other bytes", name, "leave it out, or convert it")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            while file.read(2**20):
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _version(manifest: Mapping[str, Any]) -> Iterator[Refusal]:
@@ -149,41 +187,71 @@ def _licences(manifest: Mapping[str, Any]) -> Iterator[Refusal]:
         yield Refusal("expected at least one source, got none", "sources", "fill in [corpus] of the recipe")
     for i, source in enumerate(manifest["sources"]):
         licence = str(source.get("licence") or "").strip()
+        where = f"sources[{i}] {source.get('name', '')!r}"
         if licence.lower() in NO_LICENCE:
-            where = f"sources[{i}] {source.get('name', '')!r}"
             what = f"expected a licence, got {licence or 'none'}"
             yield Refusal(what, where, "set corpus.licence in the recipe")
+        elif FORBIDDING.search(licence) and source.get("allowed") is not True:
+            fix = "use another source; where its owner allows it, say `allowed: true` of it in the manifest"
+            yield Refusal(f"expected a licence to pass on what is made from it, got {licence}", where, fix)
+    ours = str(manifest["recipe"].get("release", {}).get("licence") or "")
+    if FORBIDDING.search(ours):
+        what = f"expected a licence that lets others pass it on and build on it, got {ours}"
+        yield Refusal(what, "release.licence", "set another in the recipe")
 
 
 def _images(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Refusal]:
-    """Pixels may be in `stimuli` only if every source lets them; not known counts as no."""
+    """Pixels may be in a release only if every source lets them; not known counts as no.
+
+    Every picture but the plots of the release's kind counts, and every column of any table that is named
+    `image` or holds bytes.
+    """
     forbidding = [s.get("name", "?") for s in manifest["sources"] if s.get("redistribute_images") is not True]
     if not forbidding:
         return
     whose = f"which {', '.join(map(repr, forbidding))} does not let us pass on"
     for name in manifest["files"]:
-        if name.lower().endswith(PIXELS) and name not in PLOTS:
+        if name.lower().endswith(PIXELS) and name not in PLOTS[manifest["kind"]]:
             yield Refusal(f"it is a picture, {whose}", name, "leave it out of the release")
-    if manifest["kind"] != "dataset":
-        return
-    for path in _config_paths(manifest, "stimuli"):
-        schema = pq.read_schema(folder / path)
-        for field in schema:
-            if field.name == "image" or _has_binary(field.type):
+        for field in _fields(folder / name):
+            if field.name == "image" or _holds(field.type, _is_bytes):
                 what = f"it holds image bytes, {whose}"
                 fix = "build again without them, or set corpus.redistribute_images if the licence allows it"
-                yield Refusal(what, f"{path}, column {field.name!r}", fix)
+                yield Refusal(what, f"{name}, column {field.name!r}", fix)
 
 
-def _has_binary(kind: pa.DataType) -> bool:
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
-        return True
-    return any(_has_binary(kind.field(i).type) for i in range(kind.num_fields))
+def _fields(path: Path) -> list[pa.Field]:
+    """Columns of a parquet file; none of another file, or of one that cannot be read."""
+    try:
+        return list(pq.read_schema(path)) if path.suffix.lower() == ".parquet" else []
+    except UNREADABLE:
+        return []  # which `_files` refuses
 
 
-def _config_paths(manifest: Mapping[str, Any], config: str) -> list[str]:
-    splits = manifest["configs"].get(config, {}).get("splits", {})
-    return [path for part in splits.values() for path in part["files"]]
+def _inner(kind: pa.DataType) -> list[pa.Field]:
+    """The fields right below a type: of a struct its own, of a list its item, of a map its entries."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return [pa.field("", kind.storage_type)]
+    if pa.types.is_dictionary(kind):
+        return [pa.field("", kind.value_type)]
+    return [kind.field(i) for i in range(kind.num_fields)]
+
+
+def _holds(kind: pa.DataType, what: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type, or any below it, is such a one."""
+    return what(kind) or any(_holds(field.type, what) for field in _inner(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    """Bytes, or numbers of a byte as in decoded pixels."""
+    t = pa.types
+    binary = t.is_binary(kind) or t.is_large_binary(kind) or t.is_binary_view(kind)
+    return bool(binary or t.is_fixed_size_binary(kind) or t.is_uint8(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    t = pa.types
+    return bool(t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind))
 
 
 def _card(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Refusal]:
@@ -247,34 +315,63 @@ def _unreadable(name: str, error: Exception) -> Refusal:
 
 
 def _secrets_in(path: Path) -> Iterator[tuple[str, str]]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from _secrets_in_table(path)
         return
     with path.open("rb") as file:
         # of a binary file only the head is text: safetensors keep their metadata there
-        content = file.read(2**20) if path.suffix in _BINARY else file.read()
+        content = file.read() if path.name.lower().endswith(TEXTS) else file.read(2**20)
+    yield from (("", kind) for kind in _kinds(content))
+
+
+def _kinds(content: bytes) -> list[str]:
     text = content.decode("utf-8", "ignore")
-    yield from (("", kind) for kind, pattern in SECRETS.items() if re.search(pattern, text))
+    return [kind for kind, pattern in SECRETS.items() if re.search(pattern, text)]
 
 
 def _secrets_in_table(path: Path) -> Iterator[tuple[str, str]]:
+    """Secrets in a table's metadata, and in all its texts and bytes but the pictures of `image`."""
     table = pq.ParquetFile(path)
-    names = [field.name for field in table.schema_arrow if _is_text(field.type)]
-    found = set()
-    for batch in table.iter_batches(columns=names):
-        for name in names:
-            column = batch.column(name)
-            texts = column.flatten() if pa.types.is_nested(column.type) else column
-            for kind, pattern in SECRETS.items():
-                if pc.any(pc.match_substring_regex(texts, pattern)).as_py():
-                    found.add((name, kind))
+    told = [*_metadata(table.schema_arrow), table.metadata.metadata or {}]
+    found = {("", kind) for one in told for pair in one.items() for kind in _kinds(b"=".join(pair))}
+    leaves = [table.schema.column(i) for i in range(len(table.schema))]
+    paths = [leaf.path for leaf in leaves if leaf.physical_type.endswith("BYTE_ARRAY")]
+    for batch in table.iter_batches(columns=[one for one in paths if one not in ("image", "image.bytes")]):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for texts in _texts(column):
+                for kind, pattern in SECRETS.items():
+                    if pc.any(pc.match_substring_regex(texts, pattern)).as_py():
+                        found.add((name, kind))
     yield from sorted(found)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _is_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _metadata(fields: Iterable[pa.Field] | pa.Schema) -> Iterator[Mapping[bytes, bytes]]:
+    """What is written beside a schema or fields, and all below them."""
+    if isinstance(fields, pa.Schema):
+        yield fields.metadata or {}
+    for field in fields:
+        yield field.metadata or {}
+        yield from _metadata(_inner(field.type))
+
+
+def _texts(column: pa.Array) -> Iterator[pa.Array]:
+    """The arrays of texts or bytes in a column, however deep."""
+    kind, t = column.type, pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        yield from _texts(column.storage)
+    elif t.is_dictionary(kind):
+        yield from _texts(column.dictionary)
+    elif t.is_map(kind):
+        yield from (*_texts(column.keys), *_texts(column.items))
+    elif t.is_struct(kind):
+        for below in column.flatten():
+            yield from _texts(below)
+    elif t.is_nested(kind):
+        yield from _texts(column.flatten())
+    elif _is_text(kind):
+        yield column.cast(pa.large_string())
+    elif _is_bytes(kind) and not t.is_uint8(kind):
+        yield column.cast(pa.large_binary())
 
 
 def _configs(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Refusal]:
@@ -375,32 +472,84 @@ def _steered(model: "PreTrainedModel", sae: "SteeringSAE", layer: int) -> str:
 
 
 def prompts_in(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Where a release holds prompts that may be harmful: `file, column 'name'`, or a text file's name.
+    """Where a release holds prompts that may be harmful: `file, column 'name'`, or a file's name.
+
+    They are known by names, never by what they say: a word of `PROMPTS` in the name of a column or field, at
+    any depth, of a table (parquet with texts below it, CSV, TSV) or of JSON with a text below it; else, where
+    no column tells, in the path of a file that is not a table of DACO's own. Other files are not looked into.
 
     None where the manifest's `facts.prompts` or `recipe.release.prompts` says that they are harmless.
     """
     said = {**manifest["recipe"].get("release", {}), **manifest["facts"]}.get("prompts")
     if said == "harmless":
         return []
-    found = []
-    for name in manifest["files"]:
-        columns = _columns(folder / name)
-        found += [f"{name}, column {column!r}" for column in columns if column.lower() in PROMPTS]
-    return found
+    return [where for name in manifest["files"] for where in _prompts_of(folder / name, name)]
 
 
-def _columns(path: Path) -> list[str]:
-    """Names of the columns of a table: parquet, CSV or TSV, or JSON lines."""
-    if path.suffix == ".parquet":
-        return list(pq.read_schema(path).names)
-    if path.suffix not in (".csv", ".tsv", ".jsonl", ".ndjson"):
-        return []
-    with path.open("r", encoding="utf-8", errors="replace") as file:
-        first = file.readline()
-    if path.suffix in (".csv", ".tsv"):
-        return next(csv.reader([first], delimiter="," if path.suffix == ".csv" else "\t"), [])
-    try:
-        row = json.loads(first)
-    except ValueError:
-        return []
-    return list(row) if isinstance(row, dict) else []
+def _prompts_of(path: Path, name: str) -> list[str]:
+    columns = list(dict.fromkeys(_asking(path)))
+    if columns:
+        return [f"{name}, column {column!r}" for column in columns]
+    fields = _fields(path)
+    own = fields and all(field.name in OURS for field in fields)
+    return [name] if name.lower().endswith((".parquet", *TEXTS)) and not own and _asks(name) else []
+
+
+def _asks(name: str) -> bool:
+    """Whether a name says that it is about prompts; `userPrompt` has the words of `user_prompt`."""
+    words = re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    return not PROMPTS.isdisjoint(words)
+
+
+def _asking(path: Path) -> Iterator[str]:
+    """Columns and fields of prompts, nested ones with a dot: of parquet, CSV, TSV and JSON."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _text_fields(_fields(path))
+    elif suffix in TABLES:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            header = next(csv.reader([file.readline()], delimiter="," if suffix == ".csv" else "\t"), [])
+        yield from (name for name in header if name not in OURS and _asks(name))
+    elif suffix in (".json", *JSON_LINES):
+        for value in _json_values(path):
+            yield from _text_keys(value)
+
+
+def _text_fields(fields: Iterable[pa.Field], above: str = "") -> Iterator[str]:
+    """Dotted names of fields of prompts that hold texts or bytes."""
+    for field in fields:
+        if _holds(field.type, lambda kind: _is_text(kind) or _is_bytes(kind)):
+            if _asks(field.name):
+                yield f"{above}{field.name}"
+            else:
+                yield from _text_fields(_inner(field.type), f"{above}{field.name}.")
+
+
+def _json_values(path: Path) -> Iterator[Any]:
+    """The value of a JSON file, or those of its lines; what is no JSON is left out."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for text in file if path.suffix.lower() in JSON_LINES else [file.read()]:
+            try:
+                yield json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+
+
+def _text_keys(value: Any, above: str = "") -> Iterator[str]:
+    """Dotted keys of prompts, at any depth, whose values may hold texts: not those of numbers alone."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _text_keys(one, above)
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            if _asks(key) and _may_be_text(one):
+                yield f"{above}{key}"
+            else:
+                yield from _text_keys(one, f"{above}{key}.")
+
+
+def _may_be_text(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        below = value.values() if isinstance(value, dict) else value
+        return not value or any(map(_may_be_text, below))
+    return isinstance(value, str)

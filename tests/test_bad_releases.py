@@ -204,6 +204,14 @@ CASES: dict[str, Case] = {
         lambda p: check_release(model(p.release, extra_files={"w/sae.PT": b"\x80\x04."})),
         "RefusedError", "can run code when it is opened",
     ),
+    "file of a format that cannot be checked": (
+        lambda p: check_release(model(p.release, extra_files={"photos.zip": PNG})),
+        "RefusedError", "expected a file of .parquet, .safetensors,",
+    ),
+    "file of text that is no text": (
+        lambda p: check_release(model(p.release, extra_files={"photo.txt": PNG})),
+        "RefusedError", "expected text in UTF-8, got other bytes",
+    ),
     "version that the changelog's changes do not allow": (
         lambda p: check_release(model(p.release, facts={"changes": {"since": "1.0.0", "level": "major"}})),
         "RefusedError", "expected at least v2.0.0 after a major change",
@@ -215,6 +223,14 @@ CASES: dict[str, Case] = {
     "source of no licence": (
         lambda p: check_release(model(p.release, sources=[SOURCES[0] | {"licence": "tbd"}])),
         "RefusedError", "expected a licence, got tbd",
+    ),
+    "source whose licence forbids to pass it on": (
+        lambda p: check_release(model(p.release, sources=[SOURCES[0] | {"licence": "All rights reserved"}])),
+        "RefusedError", "expected a licence to pass on what is made from it",
+    ),
+    "release whose licence forbids to pass it on": (
+        lambda p: check_release(model(p.release, recipe=without_release(licence="cc-by-nd-4.0"))),
+        "RefusedError", "expected a licence that lets others pass it on",
     ),
     "picture of a source that forbids it": (
         lambda p: check_release(model(p.release, extra_files={"look/a.JPG": PNG})),

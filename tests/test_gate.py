@@ -16,6 +16,7 @@ from release_fixture import N_STIMULI, RECIPE, SOURCES, write_dataset_release, w
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
+from daco import tables
 from daco.manifest import (
     FORMAT_VERSION,
     canonical_json,
@@ -24,7 +25,7 @@ from daco.manifest import (
     sha256_file,
     write_manifest,
 )
-from hub.gate import check_release
+from hub.gate import check_release, prompts_in
 from hub.plan import Refusal
 from hub.stage import stage
 
@@ -141,6 +142,26 @@ def other_hidden_size(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["base_model"]["hidden_size"] = 31
     return rewrite(folder, "config.json", canonical_json(config))
+
+
+def parquet(columns: Any, metadata: dict[str, str] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    pq.write_table(table.replace_schema_metadata(metadata), buffer)
+    return buffer.getvalue()
+
+
+def field_metadata() -> bytes:
+    """A table whose secret is beside a field of a field."""
+    inner = pa.field("b", pa.string(), metadata={"k": TOKEN})
+    column = pa.array([{"b": "x"}], pa.struct([inner]))
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([column], schema=pa.schema([("a", column.type)])), buffer)
+    return buffer.getvalue()
+
+
+def licensed(licence: str, **more: Any) -> list[dict[str, Any]]:
+    return [SOURCES[0] | {"licence": licence} | more]
 
 
 Make = Callable[[Path], Path]
@@ -323,6 +344,143 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
         "look/a.JPG",
         "leave it out of the release",
     ),
+    "images of another table than stimuli": (
+        lambda f: dataset(f, extra_files={"data/more.PARQUET": parquet({"image": [PNG]})}),
+        "it holds image bytes, which 'Drawn pairs'",
+        "data/more.PARQUET, column 'image'",
+        "build again without them",
+    ),
+    "images of a model": (
+        lambda f: model(f, extra_files={"a.parquet": parquet({"seen": [[{"x": PNG}]]})}),
+        "it holds image bytes",
+        "a.parquet, column 'seen'",
+        "",
+    ),
+    "decoded pixels": (
+        lambda f: model(f, extra_files={"a.parquet": parquet({"px": pa.array([[1]], pa.list_(pa.uint8()))})}),
+        "it holds image bytes",
+        "a.parquet, column 'px'",
+        "",
+    ),
+    "a picture under the name of a model's plot": (
+        lambda f: dataset(f, extra_files={"tuning.png": PNG}),
+        "it is a picture, which 'Drawn pairs'",
+        "tuning.png",
+        "leave it out",
+    ),
+    "a picture under the name of a dataset's plot": (
+        lambda f: model(f, extra_files={"map.png": PNG}),
+        "it is a picture, which 'Drawn pairs'",
+        "map.png",
+        "leave it out",
+    ),
+    "an archive": (
+        lambda f: model(f, extra_files={"photos.ZIP": PNG}),
+        "expected a file of .parquet, .safetensors,",
+        "photos.ZIP",
+        "nothing else can be checked",
+    ),
+    "a picture of a suffix that we do not know": (
+        lambda f: model(f, extra_files={"photo.jfif": PNG}),
+        "got .jfif",
+        "photo.jfif",
+        "leave it out",
+    ),
+    "a file without a suffix": (
+        lambda f: model(f, extra_files={"photo": PNG}),
+        "got no suffix",
+        "photo",
+        "leave it out",
+    ),
+    "a picture under the name of a text": (
+        lambda f: model(f, extra_files={"photo.txt": PNG}),
+        "expected text in UTF-8, got other bytes",
+        "photo.txt",
+        "leave it out",
+    ),
+    "all rights reserved": (
+        lambda f: model(f, sources=licensed("(c) me. All Rights  Reserved.", allowed="yes")),
+        "expected a licence to pass on what is made from it, got (c) me",
+        "sources[0] 'Drawn pairs'",
+        "say `allowed: true` of it in the manifest",
+    ),
+    "a proprietary source": (
+        lambda f: model(f, sources=licensed("Proprietary")),
+        "expected a licence to pass on what is made from it, got Proprietary",
+        "sources[0]",
+        "",
+    ),
+    "a source without derivatives": (
+        lambda f: model(f, sources=[*SOURCES, *licensed("CC_BY_ND")]),
+        "expected a licence to pass on what is made from it, got CC_BY_ND",
+        "sources[1]",
+        "",
+    ),
+    "a source without derivatives in words": (
+        lambda f: model(f, sources=licensed("Attribution-NoDerivatives")),
+        "expected a licence to pass on what is made from it",
+        "sources[0]",
+        "",
+    ),
+    "a release without derivatives": (
+        lambda f: model(f, recipe=without_release(licence="cc-by-nc-nd-4.0")),
+        "expected a licence that lets others pass it on and build on it, got cc-by-nc-nd-4.0",
+        "release.licence",
+        "set another in the recipe",
+    ),
+    "a secret in a struct": (
+        lambda f: model(f, extra_files={"a.parquet": parquet({"s": [{"n": 1, "t": [{"k": TOKEN}]}]})}),
+        "it holds what looks like a Hugging Face token",
+        "a.parquet, column 's'",
+        "revoke it",
+    ),
+    "a secret in a map": (
+        lambda f: model(
+            f,
+            extra_files={
+                "a.parquet": parquet({"m": pa.array([[("k", TOKEN)]], pa.map_(pa.string(), pa.string()))})
+            },
+        ),
+        "it holds what looks like a Hugging Face token",
+        "a.parquet, column 'm'",
+        "revoke it",
+    ),
+    "a secret in a column of categories": (
+        lambda f: model(f, extra_files={"a.parquet": parquet({"d": pa.array([TOKEN]).dictionary_encode()})}),
+        "it holds what looks like a Hugging Face token",
+        "a.parquet, column 'd'",
+        "revoke it",
+    ),
+    "a secret in bytes": (
+        lambda f: model(
+            f, sources=MAY, extra_files={"a.parquet": parquet({"b": [b"\xff " + TOKEN.encode()]})}
+        ),
+        "it holds what looks like a Hugging Face token",
+        "a.parquet, column 'b'",
+        "revoke it",
+    ),
+    "a secret in the path of a picture": (
+        lambda f: dataset(
+            f,
+            sources=MAY,
+            stimuli_columns={"image": pa.array([{"bytes": PNG, "path": TOKEN}] * N_STIMULI)},
+        ),
+        "it holds what looks like a Hugging Face token",
+        f"{STIMULI}, column 'image'",
+        "revoke it",
+    ),
+    "a secret in a table's metadata": (
+        lambda f: model(f, extra_files={"a.parquet": parquet({"n": [1]}, {"k": TOKEN})}),
+        "it holds what looks like a Hugging Face token",
+        "a.parquet",
+        "revoke it",
+    ),
+    "a secret in a field's metadata": (
+        lambda f: model(f, extra_files={"a.parquet": field_metadata()}),
+        "it holds what looks like a Hugging Face token",
+        "a.parquet",
+        "revoke it",
+    ),
     "weights that steer to infinity": (
         lambda f: infinite(model(f)),
         "steering a tiny model: expected finite logits, got NaN or infinity",
@@ -370,6 +528,88 @@ def test_a_model_may_leave_and_stays_as_it_is(tmp_path: Path, activation: str) -
     before = digests(folder)
     assert check_release(folder) == []
     assert digests(folder) == before
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"sources": licensed("CC-BY-ND-4.0", allowed=True)},
+        {"sources": licensed("a non-proprietary licence, 2nd edition, no rights reserved")},
+        {
+            "extra_files": {
+                "a.csv": "\ufeffid\n1\n".encode(),
+                "b.TSV": b"id\n",
+                "c.ndjson": b"{}\n",
+                "d.jinja": b"x",
+            }
+        },
+        {"extra_files": {"evaluation.png": PNG}},
+        {"extra_files": {"a.parquet": parquet({"s": [{"t": ["x"], "n": 1}]}, {"k": "v"})}},
+    ],
+)
+def test_what_looks_bad_and_is_not_may_leave(tmp_path: Path, facts: dict[str, Any]) -> None:
+    assert check_release(model(tmp_path / "release", **facts)) == []
+
+
+CONVERSATION = [{"from": "human", "value": "how to"}]
+
+PROMPTS = {
+    "a.parquet": (
+        parquet(
+            {
+                "harmful_prompt": ["x"],
+                "userPrompt": ["x"],
+                "instructions": ["x"],
+                "conversations": [CONVERSATION],
+                "turn": [{"prompt": "x"}],
+                "turns": [[{"the-query": b"x"}]],
+                "prompt_tokens": [7],
+                "answer": ["x"],
+            }
+        ),
+        [
+            "harmful_prompt",
+            "userPrompt",
+            "instructions",
+            "conversations",
+            "turn.prompt",
+            "turns.element.the-query",
+        ],
+    ),
+    "a.json": (b'[{"prompt": "how to"}]', ["prompt"]),
+    "b.json": (b'{"data": {"test": [{"id": 1}, {"Goals": ["x"]}]}}', ["data.test.Goals"]),
+    "c.json": (b'{"prompts": {"n": 3, "rate": [0.5]}, "scope": "prompt"}', []),
+    "no.json": (b'{"prompt"', []),
+    "a.jsonl": (b'{"id": 1}\n\nnone\n{"id": 2, "user_prompt": "x"}\n', ["user_prompt"]),
+    "a.csv": ("\ufeffprompt,id\nx,1\n".encode(), ["prompt"]),
+    "a.TSV": (b"id\tprompt.0\n", ["prompt.0"]),
+    "b.csv": (b"atom,firing_prompt,caption\n1,0.5,x\n", []),
+    "prompts.txt": (b"how to", None),
+    "prompts/a.json": (b'["how to"]', None),
+    "suites/jailbreak-2.parquet": (parquet({"text": ["how to"]}), None),
+    "promptly.txt": (b"x", []),
+}
+"""File -> content, and its columns of prompts; None where it is its name that tells."""
+
+
+@pytest.mark.parametrize(("name", "content", "columns"), [(k, *v) for k, v in PROMPTS.items()], ids=PROMPTS)
+def test_prompts_are_known_by_name(
+    tmp_path: Path, name: str, content: bytes, columns: list[str] | None
+) -> None:
+    folder = write_model_release(tmp_path / "release", extra_files={name: content})
+    expected = [name] if columns is None else [f"{name}, column {one!r}" for one in columns]
+    assert prompts_in(folder, read_manifest(folder)) == expected
+    harmless = read_manifest(folder) | {"facts": {"prompts": "harmless"}}
+    assert prompts_in(folder, harmless) == []
+
+
+def test_tables_of_ours_hold_no_prompts(tmp_path: Path) -> None:
+    atoms = pa.unify_schemas([tables.ATOMS, tables.ATOMS_MORE])
+    schemas = {"stimuli": tables.STIMULI, "links": tables.LINKS, "concepts": tables.CONCEPTS, "atoms": atoms}
+    schemas["directions_prompt_guard"] = tables.directions_schema(3)
+    files = {f"data/{name}/train.parquet": parquet(schema.empty_table()) for name, schema in schemas.items()}
+    folder = write_dataset_release(tmp_path / "release", extra_files=files)
+    assert prompts_in(folder, read_manifest(folder)) == []
 
 
 def test_all_reasons_come_at_once(tmp_path: Path) -> None:
