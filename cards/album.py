@@ -128,7 +128,8 @@ def _examples(folder: Path, manifest: Mapping[str, Any]) -> bytes | None:
         ):
             rows = pa.Table.from_batches([batch])
             for row in rows.filter(pc.is_in(rows["stimulus_id"], pa.array(list(chosen)))).to_pylist():
-                if (picture := _thumbnail(row["image"]["bytes"])) is not None:
+                picture = _thumbnail(row["image"]["bytes"]) if row["image"] else None
+                if picture is not None:
                     order, concept, polarity = chosen[row["stimulus_id"]]
                     caption = one_line(row["caption"])
                     text = caption if len(caption) <= LONGEST else caption[: LONGEST - 1] + "…"
@@ -156,10 +157,10 @@ def _nearest(folder: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, t
             yield stimulus, (len(taken), row["concept"], polarity)
 
 
-def _thumbnail(content: bytes) -> np.ndarray | None:
+def _thumbnail(content: bytes | None) -> np.ndarray | None:
     """A picture's pixels, small; None where it cannot be read."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content or b"")) as picture:
             picture.thumbnail((THUMBNAIL, THUMBNAIL))
             return np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError):

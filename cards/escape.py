@@ -60,7 +60,7 @@ def output(text: str) -> str:
         )
         for line in text.splitlines()
     ]
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    longest = max(map(len, re.findall("`+", "\n".join(lines))), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([f"Prints:\n\n{fence}text", *(line.rstrip() for line in lines), fence])
 

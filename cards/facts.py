@@ -110,6 +110,11 @@ def card_facts(folder: Path) -> dict[str, Any]:
         raise IntegrityError(
             f"{folder.name}: expected readable tables and weights, got {error}; build the release again"
         ) from error
+    except (TypeError, AttributeError, KeyError) as error:
+        raise FormatError(
+            f"{folder.name}: expected facts of a release in its manifest, got something else ({error!r}); "
+            "mend `facts` or build the release again"
+        ) from error
 
 
 def repo_id(manifest: Mapping[str, Any]) -> str:

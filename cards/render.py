@@ -29,8 +29,13 @@ def fill(template: str, facts: Mapping[str, Any]) -> str:
     return front_matter + "\n" + with_outputs(text, facts.get("outputs", {}))
 
 
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-"""A block of code in a card; its text is the group."""
+FENCED = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
+"""A fenced block of a card: its fence, its language, its text. What a wider fence holds is no block."""
+
+
+def python_blocks(card: str) -> list[str]:
+    """The blocks of Python code of a card, in order."""
+    return [text for fence, language, text in FENCED.findall(card) if (fence, language) == ("```", "python")]
 
 
 def with_outputs(text: str, outputs: Mapping[str, str]) -> str:
@@ -42,10 +47,11 @@ def with_outputs(text: str, outputs: Mapping[str, str]) -> str:
     """
 
     def shown(block: re.Match[str]) -> str:
-        digest = hashlib.sha256(block[1].encode()).hexdigest()
-        return f"{block[0]}\n\n{escape.output(outputs[digest])}" if outputs.get(digest) else block[0]
+        digest = hashlib.sha256(block[3].encode()).hexdigest()
+        known = (block[1], block[2]) == ("```", "python") and outputs.get(digest)
+        return f"{block[0]}\n\n{escape.output(outputs[digest])}" if known else block[0]
 
-    return BLOCK.sub(shown, text)
+    return FENCED.sub(shown, text)
 
 
 @cache

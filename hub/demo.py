@@ -23,7 +23,7 @@ from builders.recipe import Recipe, load_recipe, repo_id
 from builders.toyworld import compare as toyworld_compare
 from cards.comparison import printed, read_results, summary
 from cards.facts import CARD
-from cards.render import BLOCK
+from cards.render import python_blocks
 from cards.report import report_html
 from cards.toy_llava import EXAMPLE, ITEM
 from daco.manifest import canonical_json, read_manifest, write_atomic
@@ -142,7 +142,7 @@ def run_clients(out: Path, recipe: Recipe, url: str) -> list[dict[str, str]]:
 
 def first_code(card: str) -> str:
     """The first block of Python in a card."""
-    return str(BLOCK.findall(card)[0])
+    return python_blocks(card)[0]
 
 
 def read_back(out: Path, recipe: Recipe, url: str) -> str:

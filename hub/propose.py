@@ -71,7 +71,8 @@ class _Proposing(Work):
             raise RefusedError(
                 f"{self.target}: expected something to propose, got what it holds already; nothing to do"
             )
-        for revision in self.target.proposals(title(plan.tag)):
+        opened = [self.revision] if self.revision else []  # the list of pull requests may lag behind
+        for revision in [*opened, *self.target.proposals(title(plan.tag))]:
             if self._holds(revision):
                 self.revision = revision
                 return True
@@ -85,4 +86,4 @@ class _Proposing(Work):
 
     def step(self, plan: Plan) -> None:
         """Open the pull request."""
-        self.commit(plan)
+        self.revision = str(self.commit(plan).pr_revision)

@@ -266,7 +266,7 @@ class Work:
         with warnings.catch_warnings():
             # a model release has atoms.parquet on purpose
             warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
-            return self.target.api.create_commit(
+            answer: CommitInfo = self.target.api.create_commit(
                 plan.repo_id,
                 operations,
                 commit_message=title(plan.tag),
@@ -275,6 +275,8 @@ class Work:
                 parent_commit=plan.head,
                 create_pr=self.pull_request,
             )
+        self.additions.clear()  # huggingface_hub takes none of them for a second commit
+        return answer
 
     def upload(self, plan: Plan, added: list[Add]) -> None:
         """Send the large files ahead of the commit; those sent before a trouble are not sent again."""

@@ -14,11 +14,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from cards.facts import CARD, repo_id
-from cards.render import BLOCK
+from cards.render import python_blocks
 from daco.errors import QuickStartError
 from daco.manifest import read_manifest, write_manifest
 from daco.sae_files import read_config
 from hub.local.server import background, client_env
+from hub.plan import AS_IT_IS, Access
 from hub.publish import Release, send
 from hub.remote import Target
 from hub.stage import stage
@@ -28,20 +29,23 @@ ROOT = Path(__file__).parent.parent
 TOKEN = "hf_local"
 """The temporary Hub's own; it opens nothing else."""
 
+PATIENCE = 3_600
+"""Seconds that a quick start may take: large models load slowly."""
+
 END = "--- end of block {} of the quick start ---"
 
 RUN = """
-import sys
+import runpy, sys
 from builders.vision import ensure_torchvision
 ensure_torchvision()
-exec(compile(open(sys.argv[1], encoding="utf-8").read(), "quick_start.py", "exec"), {"__name__": "__main__"})
+runpy.run_path(sys.argv[1], run_name="__main__")
 """
 """Runs a file as it is, on machines too where torchvision was built for another torch."""
 
 
 def code_blocks(card: str) -> list[str]:
     """The blocks of a card's quick start, in order; those of other libraries are left out."""
-    return [block for block in BLOCK.findall(card) if "sae_lens" not in block]
+    return [block for block in python_blocks(card) if "sae_lens" not in block]
 
 
 def record(folder: Path, others: Sequence[Path] = (), base: Path | None = None) -> list[str]:
@@ -58,6 +62,7 @@ def record(folder: Path, others: Sequence[Path] = (), base: Path | None = None) 
     Raises:
         QuickStartError: the card has no quick start, or it fails.
     """
+    _forget(folder)  # what ran before was printed by models: none of it may be taken for code
     stage(folder)
     if not (blocks := code_blocks((folder / CARD).read_text("utf-8"))):
         raise QuickStartError(f"{folder}: expected a quick start in {CARD}, got none; set release.org")
@@ -66,7 +71,9 @@ def record(folder: Path, others: Sequence[Path] = (), base: Path | None = None) 
             send_base(folder, base, url)
         for one in [*others, folder]:
             manifest = read_manifest(one)
-            send(Release.of(one), Target(repo_id(manifest), manifest["kind"], url, TOKEN))
+            release = Release.of(one)
+            access = Access(gated="auto") if release.prompts else AS_IT_IS
+            send(release, Target(repo_id(manifest), manifest["kind"], url, TOKEN), access)
         printed = run(blocks, url, Path(name) / "home")
     manifest = read_manifest(folder)
     manifest["facts"]["quick_start"] = [
@@ -77,6 +84,13 @@ def record(folder: Path, others: Sequence[Path] = (), base: Path | None = None) 
     write_manifest(folder, manifest)
     stage(folder)
     return printed
+
+
+def _forget(folder: Path) -> None:
+    """Take an earlier run's output out of the manifest."""
+    manifest = read_manifest(folder)
+    if manifest["facts"].pop("quick_start", None) is not None:
+        write_manifest(folder, manifest)
 
 
 def send_base(folder: Path, base: Path, url: str) -> None:
@@ -102,13 +116,17 @@ def run(blocks: Sequence[str], url: str, home: Path) -> list[str]:
     script = home / "quick_start.py"
     ends = [END.format(i) for i in range(len(blocks))]
     script.write_text("".join(f"{b}\nprint({e!r})\n" for b, e in zip(blocks, ends, strict=True)), "utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN, str(script)],
-        env=client_env(url, home) | {"PYTHONPATH": str(ROOT), "COLUMNS": "110"},
-        cwd=home,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", RUN, str(script)],
+            env=client_env(url, home) | {"PYTHONPATH": str(ROOT), "COLUMNS": "110"},
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise QuickStartError(f"the quick start as printed did not end within {PATIENCE} s") from error
     if done.returncode:
         raise QuickStartError(
             f"the quick start as printed fails: {' '.join(done.stderr.split())[-600:]}; mend the release"

@@ -23,7 +23,12 @@ def stage(folder: Path) -> None:
     for name, entry in manifest["files"].items():
         if name not in (CARD, *PICTURES):  # which are about to be written
             check_size(folder / name, entry, name)
-    for name, content in pictures(folder).items():
+    made = pictures(folder)
+    for name in set(PICTURES) & set(manifest["files"]) - set(made):  # of data that is gone
+        del manifest["files"][name]
+        (folder / name).unlink(missing_ok=True)
+        write_manifest(folder, manifest)
+    for name, content in made.items():
         write_atomic(folder / name, content)
         manifest["files"][name] = file_entry(folder / name)
         write_manifest(folder, manifest)  # the card lists them

@@ -541,6 +541,59 @@ def test_what_code_printed_stays_inside_its_block(tmp_path: Path) -> None:
     assert page.rstrip().endswith("<p>rest</p>")
 
 
+@pytest.mark.parametrize("inner", ["```\x00`", "```\u200e`", "``\x07``", "````"])
+def test_no_output_ends_its_own_block(inner: str) -> None:
+    block = escape.output(f"{inner}\n<script>alert(1)</script>\n# big")
+    html = MarkdownIt("commonmark", {"html": True}).render(block)
+    assert "<script" not in html
+    assert "<h1" not in html
+
+
+def test_code_that_a_model_printed_is_never_taken_for_the_quick_start(tmp_path: Path) -> None:
+    folder = write_dataset_release(tmp_path / "release", sources=SOURCES)
+    stage(folder)
+    (block, *_) = blocks = code_blocks((folder / "README.md").read_text("utf-8"))
+    printed = "I would run:\n```python\nopen('PWNED', 'w')\n```\n"
+    manifest = read_manifest(folder)
+    digest = hashlib.sha256(block.encode()).hexdigest()
+    manifest["facts"]["quick_start"] = [{"code": digest, "output": printed}]
+    write_manifest(folder, manifest)
+    stage(folder)
+    card = (folder / "README.md").read_text("utf-8")
+    assert "open('PWNED', 'w')" in card
+    assert code_blocks(card) == blocks
+
+
+def test_pictures_of_data_that_is_gone_are_taken_away(tmp_path: Path) -> None:
+    folder = write_dataset_release(tmp_path / "release", sources=SOURCES)
+    stage(folder)
+    manifest = read_manifest(folder)
+    (folder / "tuning.png").write_bytes(b"an older one")
+    manifest["files"]["tuning.png"] = file_entry(folder / "tuning.png")
+    write_manifest(folder, manifest)
+    stage(folder)
+    assert "tuning.png" not in read_manifest(folder)["files"]
+    assert not (folder / "tuning.png").exists()
+    assert "map.png" in read_manifest(folder)["files"]
+
+
+ODD_FACTS: list[dict[str, Any]] = [
+    {"quick_start": [1]},
+    {"quick_start": {"a": 1}},
+    {"yanked": ["v1"]},
+    {"limits": 5},
+]
+
+
+@pytest.mark.parametrize("facts", ODD_FACTS)
+def test_facts_of_another_form_are_named(tmp_path: Path, facts: dict[str, Any]) -> None:
+    folder = write_dataset_release(tmp_path / "release", sources=SOURCES)
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest | {"facts": manifest["facts"] | facts})
+    with pytest.raises(FormatError, match=r"facts"):
+        stage(folder)
+
+
 def test_a_quick_start_that_fails_is_named(tmp_path: Path) -> None:
     folder = write_dataset_release(tmp_path / "bare", recipe={})
     with pytest.raises(QuickStartError, match=r"expected a quick start in README\.md, got none"):
