@@ -44,6 +44,14 @@ def _products(index, starts, x, rows, out, d: tl.constexpr, BLOCK: tl.constexpr)
         i += 1
 
 
+def tried() -> None:
+    """Run a kernel once, where there is a GPU; raises whatever Triton does where it cannot compile for it."""
+    if torch.cuda.is_available():
+        one = torch.ones(1, 1, device="cuda")
+        weighted_sums(one[0], torch.zeros(1, dtype=torch.int64, device="cuda"),
+                      torch.tensor([0, 1], device="cuda"), one, torch.empty_like(one))  # fmt: skip
+
+
 def weighted_sums(values: Tensor, index: Tensor, starts: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     """Row r of out becomes the sum of `values[i] rows[index[i]]` over i from `starts[r]` to `starts[r + 1]`.
 

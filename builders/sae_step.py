@@ -59,11 +59,19 @@ def quickest(device: torch.device, n_weights: int) -> str:
 
 @cache
 def triton_kernels() -> Any:
-    """`builders.sae_kernels` where Triton is installed, as it is beside torch's CUDA builds; else None."""
+    """`builders.sae_kernels` where Triton is installed and works, as beside torch's CUDA builds; else None.
+
+    Triton compiles at first use, for which some machines lack a compiler, and some GPUs are too old.
+    """
     if importlib.util.find_spec("triton") is None:
         return None
-    from builders import sae_kernels
+    try:
+        from builders import sae_kernels
 
+        sae_kernels.tried()
+    except Exception as error:  # whatever Triton raises where it cannot compile
+        warnings.warn(f"training goes on without Triton, more slowly: {error}", stacklevel=2)
+        return None
     return sae_kernels
 
 

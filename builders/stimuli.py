@@ -312,14 +312,15 @@ def _join(work: Work, n_concepts: int, n_stimuli: int) -> None:
             "give a larger corpus or lower stimuli.min_positive"
         )
     write_table(work.folder / "links.parquet", pa.Table.from_pandas(links, LINKS, preserve_index=False))
-    dropped = +(summed_counts(shards) + Counter({"over_max_uses": counts.pop("over_max_uses", 0)}))
-    settled = {name: dropped.pop(name) for name in list(dropped) if name.startswith(("by_", "recall_"))}
-    work.log("settled", **settled)
-    if "recall_percent" in settled:
+    summed = summed_counts(shards)
+    recall = summed.pop("recall_percent", None)  # none found at all is worth saying, too
+    dropped = +(summed + Counter({"over_max_uses": counts.pop("over_max_uses", 0)}))
+    settled = {name: dropped.pop(name) for name in list(dropped) if name.startswith("by_")}
+    work.log("settled", **settled, **({} if recall is None else {"recall_percent": recall}))
+    if recall is not None:
+        hint = "; raise stimuli.proposals for more" if recall < 100 else ""
         print(
-            f"stimuli.service found {settled['recall_percent']} % of the exact answers "
-            f"of {CHECKED} concepts; raise stimuli.proposals for more",
-            file=sys.stderr,
+            f"stimuli.service found {recall} % of the exact answers of some concepts{hint}", file=sys.stderr
         )
     work.drop_shards()
     n_out = links["concept_id"].nunique()

@@ -4,7 +4,7 @@ A product with it reads a quarter of the memory, and says of almost all atoms th
 """
 
 from functools import cache
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Near(NamedTuple):
     value: Tensor
     """`[n, n_atoms]`."""
     slack: Tensor
-    """Likewise: no exact product is further away than this. `[]` where all are exact."""
+    """Likewise: no exact product is further away than this, unless squares of a row underflow (norms below
+    1e-20). `[]` where all are exact."""
 
     @property
     def exact(self) -> bool:
@@ -73,8 +74,8 @@ class Coarse(NamedTuple):
 
 
 def usable(D: Tensor) -> bool:
-    """Whether products with a dictionary gain from bytes: float32 on a CPU that adds them up exactly."""
-    return D.device.type == "cpu" and D.dtype == torch.float32 and _exact()
+    """Whether products with a dictionary gain from bytes: float32, and a CPU that adds fast and exactly."""
+    return D.device.type == "cpu" and D.dtype == torch.float32 and _fast() and _exact()
 
 
 def settle(near: Near, where: Tensor, z: Tensor, D: Tensor) -> Tensor:
@@ -91,6 +92,13 @@ def _bytes_of(z: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as bytes, and by how much they are smaller, `[n, 1]`."""
     scale = z.abs().amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny * LIMIT) / LIMIT
     return (z / scale).round_().to(torch.int8), scale
+
+
+def _fast() -> bool:
+    """Whether oneDNN multiplies bytes with the instructions made for it; torch's own loop is far slower."""
+    mkldnn: Any = torch.backends.mkldnn
+    vnni = getattr(torch.cpu, "_is_vnni_supported", bool)()
+    return bool(vnni and mkldnn.is_available() and getattr(mkldnn, "enabled", True))
 
 
 @cache

@@ -45,7 +45,8 @@ def positions(
     if guessed and {"prompt", "generated", "last"} & set(scopes):
         raise SteeringConflictError(
             f"scope {named(scopes)}: prompt and generated tokens may share a forward (no KV cache, chunked "
-            "prefill, assisted decoding, a further turn); pass prompt_tokens=inputs['input_ids'].shape[1]"
+            "prefill, assisted decoding, logits_to_keep, a further turn); pass "
+            "prompt_tokens=inputs['input_ids'].shape[1]"
         )
     # without further word, a first forward is all prompt, and later ones are generated
     start = width if past == 0 else 0
@@ -108,4 +109,5 @@ def _may_be_shared(call: dict[str, Any], past: int, width: int) -> bool:
     if past:
         return width > 1
     kept = call.get("logits_to_keep")  # of several tokens, where a draft behind the prompt is checked
-    return call.get("use_cache") is False or (isinstance(kept, int) and kept > 1)
+    several = kept.numel() > 1 if isinstance(kept, Tensor) else isinstance(kept, int) and kept > 1
+    return call.get("use_cache") is False or several

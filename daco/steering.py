@@ -71,11 +71,12 @@ class Run:
         """What was steered up to now; may wait for the device."""
         methods = [part.method for part in self._parts]
         notes = [*self._notes, *dict.fromkeys(note for method in methods for note in method.notes())]
-        layers = [
-            layer_report(layer, self._tallies.get((i, layer)), method, str(method) if methods[1:] else "")
-            for i, method in enumerate(methods)
-            for layer in method.layers
-        ]
+        with _lock:  # other threads may be steering now
+            layers = [
+                layer_report(layer, self._tallies.get((i, layer)), method, str(method) if methods[1:] else "")
+                for i, method in enumerate(methods)
+                for layer in method.layers
+            ]
         layers.sort(key=lambda found: found.layer)  # methods keep their order within a layer
         if self._off:
             notes.append(f"steering was switched off in {self._off} of {self._forwards} forwards")
@@ -285,8 +286,8 @@ def steer(
         base_model_ok: Accept another base model id or revision (a fine-tune, a quantised copy).
         prompt_tokens: Columns of the prompt, padding included, where one forward holds more than the prompt
             or less (no KV cache, a given answer, a prefill in chunks, candidates of assisted decoding);
-            needed by the scopes `prompt`, `generated` and `last`; others steer the same positions without it,
-            and the report counts them by a guess.
+            needed by the scopes `prompt`, `generated` and `last`, and by `image` for pictures behind a cache;
+            `all` steers the same positions without it, and the report counts them by a guess.
 
     Yields:
         The `Run`, whose `report()` says what was steered; its `on` may be set at any time.

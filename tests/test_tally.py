@@ -1,9 +1,17 @@
 """Counting many positions at once gives what counting one by one does, and keeps few of them."""
 
+import sys
+import threading
+from typing import Any
+
+import pandas as pd
 import pytest
 import torch
+from conftest import inputs_of
 
+import daco
 from daco.report import HELD, PLACES, Tally, layer_report
+from daco.sites import ModelFacts
 
 
 class Removed:
@@ -59,6 +67,41 @@ def test_counts_are_those_of_every_position(sizes: list[int]) -> None:
             assert fired[atom].mean_strength == pytest.approx(float(own.mean()), rel=1e-9)
     totals = [abs(found.mean_strength * found.positions) for found in report.atoms]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_a_report_read_while_another_thread_steers_loses_no_count(tiny_llava: Any) -> None:
+    model, processor = tiny_llava
+    inputs = inputs_of(processor, 1, images=False)
+    facts = ModelFacts.of(model)
+    vectors = {1: draw(3, facts.hidden_size, seed=0).float()}
+    concepts = pd.DataFrame(
+        {
+            "concept_id": list("abc"),
+            "concept": list("abc"),
+            "polarity": ["undesirable", "desirable", "neutral"],
+        }
+    )
+    method = daco.ActAdd(daco.ConceptDictionary(concepts, vectors, facts, {1: 1.0}))
+    handle = daco.attach(model, method, base_model_ok=True)
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            handle.report()
+
+    old = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for _ in range(60):
+            model(**inputs)
+    finally:
+        done.set()
+        reader.join()
+        sys.setswitchinterval(old)
+        handle.remove()
+    assert handle.report().positions == 60 * int(inputs["attention_mask"].sum())
 
 
 def test_a_report_may_be_read_again_and_counting_goes_on() -> None:
