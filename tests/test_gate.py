@@ -363,13 +363,13 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
         "",
     ),
     "a picture under the name of a model's plot": (
-        lambda f: dataset(f, extra_files={"tuning.png": PNG}),
+        lambda f: rewrite(dataset(f), "tuning.png", PNG),
         "it is a picture, which 'Drawn pairs'",
         "tuning.png",
         "leave it out",
     ),
     "a picture under the name of a dataset's plot": (
-        lambda f: model(f, extra_files={"map.png": PNG}),
+        lambda f: rewrite(model(f), "map.png", PNG),
         "it is a picture, which 'Drawn pairs'",
         "map.png",
         "leave it out",
@@ -543,12 +543,18 @@ def test_a_model_may_leave_and_stays_as_it_is(tmp_path: Path, activation: str) -
                 "d.jinja": b"x",
             }
         },
-        {"extra_files": {"evaluation.png": PNG}},
         {"extra_files": {"a.parquet": parquet({"s": [{"t": ["x"], "n": 1}]}, {"k": "v"})}},
     ],
 )
 def test_what_looks_bad_and_is_not_may_leave(tmp_path: Path, facts: dict[str, Any]) -> None:
     assert check_release(model(tmp_path / "release", **facts)) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(dataset, "map.png"), (model, "tuning.png"), (model, "evaluation.png")]
+)
+def test_plots_of_a_kind_may_leave(tmp_path: Path, make: Make, name: str) -> None:
+    assert check_release(rewrite(make(tmp_path / "release"), name, PNG)) == []
 
 
 CONVERSATION = [{"from": "human", "value": "how to"}]
