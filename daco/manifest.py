@@ -60,7 +60,7 @@ def canonical_json(value: Any) -> str:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` to `path` so that a reader sees all or nothing (temporary file, fsync, rename)."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write the same file
+    temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

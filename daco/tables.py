@@ -1,6 +1,5 @@
 """The parquet tables of DACO: their schemas, and a writer whose bytes depend on the rows alone."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,7 @@ def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 def write_table(path: Path, table: pa.Table, row_group_size: int = MAX_VECTOR_ROWS) -> int:
     """Write a table in one file of deterministic bytes; returns its number of rows."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")
     with parquet_writer(temporary, table.schema) as writer:
         writer.write_table(table, row_group_size=row_group_size)
     temporary.replace(path)

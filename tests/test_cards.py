@@ -564,6 +564,15 @@ def test_code_that_a_model_printed_is_never_taken_for_the_quick_start(tmp_path: 
     assert code_blocks(card) == blocks
 
 
+def test_what_a_killed_staging_left_is_taken_up(tmp_path: Path) -> None:
+    folder = write_dataset_release(tmp_path / "release", sources=SOURCES)
+    for name in ("README.md", "map.png", "manifest.json"):
+        (folder / f".{name}.partial").write_bytes(b"half")
+    stage(folder)
+    assert not list(folder.rglob("*.partial"))
+    assert check_release(folder) == []
+
+
 def test_pictures_of_data_that_is_gone_are_taken_away(tmp_path: Path) -> None:
     folder = write_dataset_release(tmp_path / "release", sources=SOURCES)
     stage(folder)

@@ -220,6 +220,27 @@ def test_numbers_that_cannot_be_are_refused(changes: dict[str, int]) -> None:
         Asking(**changes)
 
 
+RECORDS = """
+    import sys
+    from pathlib import Path
+    from builders.safety.run import read_record, record
+
+    for _ in range(200):
+        record(Path(sys.argv[1]), [], [], {"model": {"id": "x" * 20_000}})
+        read_record(Path(sys.argv[1]))
+"""
+
+
+def test_parts_may_write_the_record_at_the_same_time(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(RECORDS), str(tmp_path)]
+    parts = [
+        subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    assert [(part.communicate()[1][-300:], part.returncode) for part in parts] == [("", 0)] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json"]
+
+
 SCRIPT = """
     import os, signal, sys
     from pathlib import Path

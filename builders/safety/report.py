@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from builders.safety import paper
 from builders.safety.judges.agreement import agreement
 from builders.safety.methods import LABELS, made_of_sae
-from builders.safety.run import ANSWERS, SCORES, read_record, shard_files
+from builders.safety.run import ANSWERS, SCORES, locked, read_record, shard_files
 from builders.statistics import Interval, interval, paired, rate
 from daco.errors import RecipeError
 from daco.manifest import canonical_json, file_entry, read_manifest, write_atomic, write_manifest
@@ -228,8 +228,9 @@ def _agreements(scores: pd.DataFrame) -> list[dict[str, Any]]:
 def write_report(out: Path) -> dict[str, Any]:
     """Write `evaluation.json` and `report.md` of a run; returns what the former says."""
     found = summary(out)
-    write_atomic(out / EVALUATION, canonical_json(found))
-    write_atomic(out / REPORT, as_markdown(found))
+    with locked(out):
+        write_atomic(out / EVALUATION, canonical_json(found))
+        write_atomic(out / REPORT, as_markdown(found))
     return found
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from builders.safety.asking import GREEDY, Answer, Pace, ask, batches, opened
@@ -340,6 +341,11 @@ def _judge_job(out: Path, judge: Judge, job: Job) -> None:
         write_table(path, table_of(rows, SCORES))
 
 
+def locked(out: Path) -> FileLock:
+    """Held while a file is written that every part of a run writes; a killed process holds it no longer."""
+    return FileLock(out / ".lock")
+
+
 def record(out: Path, cells: Sequence[Cell], judges: Sequence[dict[str, str]], facts: dict[str, Any]) -> None:
     """Write `run.json`: what is compared, for the report; the newest run in a folder is the one that counts.
 
@@ -364,6 +370,7 @@ def record(out: Path, cells: Sequence[Cell], judges: Sequence[dict[str, str]], f
     ]
     with writing("the record of the run"):
         out.mkdir(parents=True, exist_ok=True)
+    with locked(out), writing("the record of the run"):
         facts = facts | {"suites": suites, "cells": told, "judges": list(judges)}
         write_atomic(out / RUN, canonical_json(facts))
 
