@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: one thread of torch, and tiny models of real classes, built once a session."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,23 @@ def inputs_of(processor: Any, n: int = 2, images: bool = True) -> Any:
     from builders.mllm import chat_inputs
 
     return chat_inputs(processor, CAPTIONS[:n], drawn_images(n) if images else None)
+
+
+def in_thread(work: Any) -> Any:
+    """Result or error of a call in another thread."""
+    found: list[Any] = []
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def _fixture(kind: str) -> Callable[[], tuple[Any, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import small_sae
 import torch
-from conftest import CAPTIONS, drawn_images, inputs_of, tiny
+from conftest import CAPTIONS, drawn_images, in_thread, inputs_of, tiny
 
 from daco.errors import SteeringConflictError
 from daco.sites import ModelFacts
@@ -51,23 +51,6 @@ def served(request: pytest.FixtureRequest) -> Served:
 @pytest.fixture(scope="module")
 def llava() -> Served:
     return Served("llava")
-
-
-def in_thread(work: Any) -> Any:
-    """Result or error of a call in another thread."""
-    found: list[Any] = []
-
-    def call() -> None:
-        try:
-            with torch.no_grad():
-                found.append(work())
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    return found[0]
 
 
 def test_a_streamer_is_given_the_steered_tokens(served: Served) -> None:

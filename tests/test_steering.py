@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_sae
 import torch
-from conftest import CAPTIONS, drawn_images, inputs_of, tiny
+from conftest import CAPTIONS, drawn_images, in_thread, inputs_of, tiny
 from test_capture import hooks
 from test_sites import text_model
 from torch import Tensor, nn
@@ -417,23 +417,6 @@ def test_a_model_is_steered_by_one_run_at_a_time(llava: Case) -> None:
     other = Case("llava")
     with steer(llava.model, method), steer(other.model, method):
         assert torch.equal(other.logits(), llava.logits())
-
-
-def in_thread(work: Any) -> Any:
-    """Result or error of a call in another thread."""
-    found: list[Any] = []
-
-    def call() -> None:
-        try:
-            with torch.no_grad():
-                found.append(work())
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    return found[0]
 
 
 def test_another_thread_gets_an_error_in_a_with_block_and_steering_when_attached(llava: Case) -> None:
