@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -81,12 +82,25 @@ def kill_inside(recipe: Recipe, out: Path, stage: str, whole: Path) -> list[tupl
 
 
 def run_and_die(recipe: Recipe, out: Path, stage: str, shards: int, delay: float) -> None:
-    """Run the pipeline; SIGKILL strikes `delay` seconds after the stage has begun a shard behind `shards`."""
+    """Run the pipeline; SIGKILL strikes `delay` seconds after the stage has begun a shard behind `shards`.
+
+    A stage that is quicker waits for it before its seal: a busy machine must not decide what is tested.
+    """
     log, open_ = Work.log, Work.open
+    struck: list[threading.Timer] = []
 
     def strike(work: Work) -> None:
         if work.stage == stage and shards_of(out, stage) >= shards:
-            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            struck.append(threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)))
+            struck[-1].start()
+
+    def once_struck(end: Callable[..., None]) -> Callable[..., None]:
+        def wait(work: Work, *arguments: object, **named: object) -> None:
+            if struck and work.stage == stage:
+                time.sleep(60)
+            end(work, *arguments, **named)
+
+        return wait
 
     def log_and_strike(work: Work, event: str, **facts: object) -> None:
         log(work, event, **facts)
@@ -100,6 +114,7 @@ def run_and_die(recipe: Recipe, out: Path, stage: str, shards: int, delay: float
         return opened
 
     Work.log, Work.open = log_and_strike, open_and_strike  # type: ignore[method-assign]
+    Work.drop_shards, Work.finish = once_struck(Work.drop_shards), once_struck(Work.finish)  # type: ignore[method-assign]
     run(recipe, out, until=stage)  # a stage that was quicker than the strike must not finish those behind it
 
 
