@@ -319,8 +319,9 @@ def _join(work: Work, n_concepts: int, n_stimuli: int) -> None:
     work.log("settled", **settled, **({} if recall is None else {"recall_percent": recall}))
     if recall is not None:
         hint = "; raise stimuli.proposals for more" if recall < 100 else ""
+        n = min(CHECKED, n_concepts, work.recipe.stimuli.block)
         print(
-            f"stimuli.service found {recall} % of the exact answers of some concepts{hint}", file=sys.stderr
+            f"stimuli.service found {recall} % of the exact answers of {n} concepts{hint}", file=sys.stderr
         )
     work.drop_shards()
     n_out = links["concept_id"].nunique()
