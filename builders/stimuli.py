@@ -320,9 +320,7 @@ def _join(work: Work, n_concepts: int, n_stimuli: int) -> None:
     if recall is not None:
         hint = "; raise stimuli.proposals for more" if recall < 100 else ""
         n = min(CHECKED, n_concepts, work.recipe.stimuli.block)
-        print(
-            f"stimuli.service found {recall} % of the exact answers of {n} concepts{hint}", file=sys.stderr
-        )
+        print(f"stimuli.service found {recall} % of the exact answers of {n} concepts{hint}", file=sys.stderr)
     work.drop_shards()
     n_out = links["concept_id"].nunique()
     found = len(set(candidates["concept_id"].to_pylist()))
