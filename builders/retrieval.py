@@ -7,8 +7,9 @@ rounding could have hidden is looked up again, so block, part, dtype and device 
 
 import functools
 import hashlib
+import itertools
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ FLOOR = 1e-6
 MARGIN = {"float32": 16, "bfloat16": 80}
 """Stimuli proposed beyond k, by dtype: enough that float64 can nearly always tell the k best."""
 
+GPU_MARGIN = 3
+"""Times as many on a GPU, which a second look at the corpus costs more than a longer list."""
+
 PAIRS = 128
 """Concept-stimulus pairs scored in float64 at once: few, so that they stay in the cache."""
 
@@ -47,6 +51,12 @@ farther, and looks again where that could matter."""
 
 WALK = 16
 """Members of the pool looked at for each negative wanted; half of them are far enough."""
+
+HOST_TILE = 768
+"""Most queries decided in float64 at once."""
+
+AHEAD = 2
+"""Blocks of the corpus that are read for a GPU while it works on one."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[Any]
@@ -123,11 +133,16 @@ class Rows:
         ]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def take(self, rows: Ints) -> Floats:
-        """Chosen rows, copied."""
-        if len(self.parts) == 1:
-            return np.asarray(self.parts[0][rows])
-        chosen = np.empty((len(rows), self.width), np.result_type(*(part.dtype for part in self.parts)))
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the rows taken: the widest of the parts'."""
+        return np.result_type(*(part.dtype for part in self.parts))
+
+    def take(self, rows: Ints, out: Floats | None = None) -> Floats:
+        """Chosen rows, copied; to `out` [n, d] where it is given."""
+        chosen = np.empty((len(rows), self.width), self.dtype) if out is None else out
+        if len(self.parts) == 1:  # "clip": "raise" would copy them twice
+            return np.take(self.parts[0], rows, axis=0, out=chosen, mode="clip")
         where = np.searchsorted(self.ends, rows, side="right")
         for number in np.unique(where).tolist():
             mine, part = where == number, self.parts[number]
@@ -275,31 +290,52 @@ def _joined(parts: Sequence[Found]) -> Found:
 
 
 class _Workers:
-    """As many threads as torch has, each with one of its own: no operation waits for the other threads."""
+    """As many threads as torch has, each with one of its own: no operation waits for the other threads.
+
+    A GPU is given its work by one thread; the others read the corpus for it, and decide in float64.
+    """
 
     def __init__(self, engine: Engine) -> None:
-        self.cuda = engine.device.startswith("cuda")
-        self.n = 1 if self.cuda else torch.get_num_threads()
+        self.gpu = _on_gpu(engine)
+        self.threads = torch.get_num_threads()
+        self.n = 1 if self.gpu else self.threads
+        """Tiles scored at once."""
 
     def __enter__(self) -> "_Workers":
         self.reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-        if self.cuda:  # sums in bfloat16 are no part of the error's bound
+        if self.gpu:  # sums in bfloat16 are no part of the error's bound
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self.threads = ThreadPoolExecutor(self.n, initializer=torch.set_num_threads, initargs=(1,))
+        self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.threads.shutdown(cancel_futures=True)
-        if self.cuda:
+        self.pool.shutdown(cancel_futures=True)
+        if self.gpu:
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self.reduced
-        if self.n > 1:
-            torch.set_num_threads(self.n)  # the threads' own setting was everybody's
+        torch.set_num_threads(self.threads)  # the threads' own setting was everybody's
 
     def map(self, step: Callable[[T], U], items: Iterable[T]) -> list[U]:
-        """`step` of every item, in order."""
-        if self.n == 1:
+        """`step`, which computes on the device, of every item, in order."""
+        return [step(item) for item in items] if self.n == 1 else self.spread(step, items)
+
+    def spread(self, step: Callable[[T], U], items: Iterable[T]) -> list[U]:
+        """`step`, which computes on processors, of every item, in order; not from within another step."""
+        if self.threads == 1:
             return [step(item) for item in items]
-        return list(self.threads.map(step, items))
+        return list(self.pool.map(step, items))
+
+    def shares(self, n: int, most: int) -> Iterator[slice]:
+        """n items in slices of `most` or fewer, so that every thread gets several."""
+        return _slices(n, max(1, min(most, -(-n // (4 * self.threads)))))
+
+
+def _on_gpu(engine: Engine) -> bool:
+    return engine.device.startswith("cuda")
+
+
+def _slices(n: int, step: int) -> Iterator[slice]:
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
 
 def _search_part(
@@ -330,7 +366,8 @@ def _search_part(
     for query in _overlapping(far, nearest.rows, len(corpus)):  # only where the pool is hardly larger than k
         near = nearest.rows[query]
         far[query] = far_draws(queries[query], corpus, pool, draws[query], near)[:n_negative]
-    scored = workers.map(lambda tile: _scored(queries[tile], corpus, far[tile]), proposer.tiles())
+    shares = workers.shares(len(queries), HOST_TILE)
+    scored = workers.spread(lambda part: _scored(queries[part], corpus, far[part]), shares)
     return Searched(nearest, _joined(scored), +answered)
 
 
@@ -412,7 +449,7 @@ def _check_products(device: torch.device) -> None:
 def _sizes(n: int, width: int, engine: Engine, n_workers: int) -> tuple[int, int]:
     """(stimuli, concepts) scored at once: blocks and their products take a quarter of the memory each."""
     quarter = engine.memory * 2**20 // 4
-    widest, most = (65_536, 16_384) if engine.device.startswith("cuda") else (2_048, 768)
+    widest, most = (65_536, 16_384) if _on_gpu(engine) else (2_048, 768)
     block = engine.block or max(GROUP, min(widest, quarter // (24 * width)) // GROUP * GROUP)
     share = -(-n // (2 * n_workers))  # every worker gets something to do
     return block, engine.tile or max(1, min(most, max(64, share), quarter // (16 * block * n_workers)))
@@ -435,7 +472,7 @@ def _query_parts(n: int, k: int, n_pool: int, width: int, engine: Engine) -> lis
 
 
 def _kept(k: int, engine: Engine) -> int:
-    return k + MARGIN[engine.dtype]
+    return k + MARGIN[engine.dtype] * (GPU_MARGIN if _on_gpu(engine) else 1)
 
 
 def _room(k: int, engine: Engine) -> int:
@@ -457,6 +494,7 @@ class _Proposer:
         self.dtype = torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
         self.block, self.tile = _sizes(len(queries), corpus.images.width, engine, workers.n)
         self.kept, self.room = _kept(k, engine), _room(k, engine)
+        self.queries = queries
         self.single = torch.from_numpy(queries).to(self.device)
         self.asked = self.single.to(self.dtype)
         self.error = _Error(corpus.images.width, self.single, self.asked)
@@ -468,24 +506,64 @@ class _Proposer:
 
     def tiles(self) -> Iterator[slice]:
         """Slices of the queries."""
-        for start in range(0, len(self.asked), self.tile):
-            yield slice(start, min(start + self.tile, len(self.asked)))
+        return _slices(len(self.asked), self.tile)
 
     def scan_rest(self) -> None:
         """Score everything that is not in the pool."""
         rest = np.delete(np.arange(len(self.corpus)), self.pool)
-        for start in range(0, len(rest), self.block):
-            rows = rest[start : start + self.block]
-            sides = [side.take(rows) for side in (self.corpus.images, self.corpus.texts)]
-            singles = self.workers.map(self._single, sides)
+        blocks = [rest[start : start + self.block] for start in range(0, len(rest), self.block)]
+        for rows, read in zip(blocks, self._read_blocks(blocks), strict=True):
+            singles = self.workers.map(self._single, read)
             halves = [single.to(self.dtype) for single in singles]
             for single, rounded in zip(singles, halves, strict=True):
                 self.error.note(single, rounded)
             self._score_block(torch.from_numpy(rows).to(self.device), halves)
 
-    def _single(self, rows: Floats) -> Tensor:
+    def _read_blocks(self, blocks: list[Ints]) -> Iterator[list[Tensor]]:
+        """(image, text) rows of each block; for a GPU the next ones are read meanwhile."""
+        if not self.workers.gpu:
+            for rows in blocks:
+                yield self.workers.map(
+                    lambda side: torch.from_numpy(side.take(rows)),  # noqa: B023
+                    (self.corpus.images, self.corpus.texts),
+                )
+            return
+        with ThreadPoolExecutor(AHEAD) as readers:
+            coming = deque(readers.submit(self._upload, rows) for rows in blocks[:AHEAD])
+            for rows in itertools.chain(blocks[AHEAD:], [None] * len(coming)):
+                read = coming.popleft().result()
+                if rows is not None:
+                    coming.append(readers.submit(self._upload, rows))
+                for side in read:
+                    if side.is_cuda:  # was made on another stream, which may not have it back too soon
+                        side.record_stream(torch.cuda.current_stream(self.device))
+                yield read
+
+    def _upload(self, rows: Ints) -> list[Tensor]:
+        """(image, text) rows on a GPU: all threads gather them into memory that it reads by itself."""
+        sides = (self.corpus.images, self.corpus.texts)
+        staged = [self._staged(number, len(rows), side) for number, side in enumerate(sides)]
+        parts = itertools.product(range(2), _slices(len(rows), -(-len(rows) // self.workers.threads)))
+
+        def gather(work: tuple[int, slice]) -> None:
+            number, part = work
+            sides[number].take(rows[part], out=staged[number].numpy()[part])
+
+        self.workers.spread(gather, parts)
+        return _moved_to(self.device, staged, self.local)
+
+    def _staged(self, number: int, n: int, side: Rows) -> Tensor:
+        """[n, d] of a reader's own in pinned memory, where there is a GPU to read it."""
+        held: dict[int, Tensor] = self.local.__dict__.setdefault("staged", {})
+        if number not in held or len(held[number]) < n:
+            dtype = torch.from_numpy(np.empty(0, side.dtype)).dtype
+            pinned = self.device.type == "cuda"
+            held[number] = torch.empty(n, side.width, dtype=dtype, pin_memory=pinned)
+        return held[number][:n]
+
+    def _single(self, rows: Tensor) -> Tensor:
         """Rows in float32, and rows of zeros up to a number divisible by GROUP: no bar lies as low."""
-        single = torch.from_numpy(rows).to(self.device).float()
+        single = rows.to(self.device).float()
         missing = -len(single) % GROUP
         return torch.nn.functional.pad(single, (0, 0, 0, missing)) if missing else single
 
@@ -595,55 +673,87 @@ class _Proposer:
         Returns:
             For every query the corpus rows of its first n draws that lie in the farther half of the pool.
         """
-        sides = [self._single(side.take(self.pool)) for side in (self.corpus.images, self.corpus.texts)]
+        sides = [self._single(read) for read in next(self._read_blocks([self.pool]))]
         rows = torch.from_numpy(self.pool).to(self.device)
         most = self.engine.memory * 2**18 // (4 * len(self.pool) * self.workers.n)
         step = max(1, min(self.tile, most))
         block = max(GROUP, self.block // GROUP * GROUP)  # so that a block begins where a group does
 
-        def score(first: int) -> list[Ints]:
-            tile = slice(first, min(first + step, len(self.asked)))
-            whole = self._buffer("whole", tile.stop - first, len(sides[0]), torch.float32)
+        def score(tile: slice) -> list[Ints]:
+            whole = self._buffer("whole", tile.stop - tile.start, len(sides[0]), torch.float32)
             for start in range(0, len(self.pool), block):
                 part = slice(start, start + block)
                 image, text = self._cosines(self.single[tile], [side[part] for side in sides])
                 product = torch.mul(image.clamp_(min=0), text, out=whole[:, part])
                 self._offer(tile, product, text, rows[part])
-            return self._far(tile, whole[:, : len(self.pool)].cpu().numpy(), draws[tile], n)
+            return self._far(tile, whole[:, : len(self.pool)], draws[tile], n)
 
-        found = self.workers.map(score, range(0, len(self.asked), step))
+        found = self.workers.map(score, _slices(len(self.asked), step))
         return [far for part in found for far in part]
 
-    def _far(self, tile: slice, product: Floats, draws: Sequence[Ints], n: int) -> list[Ints]:
+    def _far(self, tile: slice, product: Tensor, draws: Sequence[Ints], n: int) -> list[Ints]:
         """The first n draws of each query whose exact closeness is in the farther half of the pool."""
-        half = product.shape[1] // 2
-        queries, far = self.single[tile].cpu().numpy(), []
-        for query, values, tried in zip(queries, product, draws, strict=True):
-            middle = max(float(np.partition(values, len(values) - half - 1)[len(values) - half - 1]), 0.0)
-            doubt = 2.1 * self.error.single(middle)
-            between = np.float32(middle - doubt), np.float32(middle + doubt)
-            drawn = np.maximum(values[tried[: 4 * n]], 0)  # below 0 is where a caption's cosine is clamped
-            sure = drawn < between[0]
-            last = int(np.searchsorted(np.cumsum(sure), n)) + 1  # draws beyond are not needed
-            if last > len(drawn) < len(tried) or (drawn[:last] <= between[1]).sum() > sure[:last].sum():
-                exactly = self._far_exactly(query, np.maximum(values, 0), between, half)
-                far.append(self.pool[tried[exactly[tried]][:n]])
-            else:
-                far.append(self.pool[tried[: len(sure)][sure][:n]])
+        middle = _middles(product, self.workers.gpu)
+        doubt = 2.1 * self.error.single(middle)
+        low, high = (middle - doubt).astype(np.float32), (middle + doubt).astype(np.float32)
+        walks = [tried[: 4 * n] for tried in draws]
+        lengths = np.array([len(walk) for walk in walks])
+        there = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        walked = np.zeros(there.shape, dtype=np.int64)
+        walked[there] = np.concatenate(walks)
+        drawn = product.gather(1, torch.from_numpy(walked).to(self.device)).cpu().numpy()
+        drawn = np.where(there, np.maximum(drawn, 0), np.inf)  # a caption's cosine is clamped at 0
+        sure = drawn < low[:, None]
+        ahead = np.cumsum(sure, axis=1)
+        looked_at = there & (ahead - sure < n)  # draws beyond are not needed
+        short = (ahead[:, -1:] < n).any(axis=1) & (lengths < [len(tried) for tried in draws])
+        unsure = looked_at & ~sure & (drawn <= high[:, None])
+        far = [self.pool[walk[one]] for walk, one in zip(walked, sure & looked_at, strict=True)]
+        doubtful = np.flatnonzero(short | unsure.any(axis=1)).tolist()
+
+        def settle(query: int) -> Ints:
+            values, tried = np.maximum(product[query].cpu().numpy(), 0), draws[query]
+            exactly = self._far_exactly(self.queries[tile.start + query], values, (low[query], high[query]))
+            rows: Ints = self.pool[tried[exactly[tried]][:n]]
+            return rows
+
+        settled = (self.workers.spread if self.workers.gpu else map)(settle, doubtful)
+        for query, rows in zip(doubtful, settled, strict=True):
+            far[query] = rows
         return far
 
-    def _far_exactly(
-        self, query: Floats, values: Floats, between: tuple[Any, Any], half: int
-    ) -> NDArray[np.bool_]:
+    def _far_exactly(self, query: Floats, values: Floats, between: tuple[Any, Any]) -> NDArray[np.bool_]:
         """Which members of the pool are in its farther half: float64 orders those about the middle."""
         far, near = values < between[0], values > between[1]
         unsure = np.flatnonzero(~(far | near))
         rows = self.pool[unsure]
         scores = exact_scores(query[None], self.corpus, np.zeros(len(rows), np.int64), rows)
         order = np.lexsort((self.corpus.place[rows], -scores.closeness))
-        n_near = half - int(near.sum())
+        n_near = len(self.pool) // 2 - int(near.sum())
         far[unsure[order[n_near:]]] = True
         return far
+
+
+def _moved_to(device: torch.device, staged: Sequence[Tensor], local: threading.local) -> list[Tensor]:
+    """Copies on a device, complete; on a GPU by a stream of the thread's own, beside what is computed."""
+    if device.type != "cuda":
+        return [rows.clone() for rows in staged]
+    stream = local.__dict__.setdefault("stream", None) or torch.cuda.Stream(device)
+    local.stream = stream
+    with torch.cuda.stream(stream):
+        moved = [rows.to(device, non_blocking=True) for rows in staged]
+    stream.synchronize()
+    return moved
+
+
+def _middles(product: Tensor, gpu: bool) -> Floats:
+    """Of each row [n, m] the highest value of the lower half, 0 at least; float64 [n]."""
+    at = product.shape[1] - product.shape[1] // 2 - 1
+    if gpu:
+        middles = product.kthvalue(at + 1, dim=1).values.double().cpu().numpy()
+    else:  # row by row, so that it stays in the cache
+        middles = np.array([np.partition(row, at)[at] for row in product.numpy()], dtype=np.float64)
+    return np.maximum(middles, 0.0)
 
 
 def _grouped(columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -677,7 +787,8 @@ class _Error:
     """Bound on |rounded closeness - float64 closeness|, from the rows as they are.
 
     A cosine's error is at most |x||q - q'| + |q'||x - x'| for the rounding of the rows, d u |x||q| for the
-    sum in float32, and u' |cos| for a bfloat16 result; the product p of two such is off by the first (1 + p).
+    sum in float32 (2 u where a GPU's units for bfloat16 cut off instead of rounding), and u' |cos| for a
+    bfloat16 result; the product p of two such is off by the first (1 + p).
     """
 
     SLACK = 1.05
@@ -685,6 +796,7 @@ class _Error:
 
     def __init__(self, width: int, single: Tensor, rounded: Tensor) -> None:
         self.sum = (width + 4) * 2.0**-24
+        self.rounded_sum = self.sum * (2 if rounded.dtype == torch.bfloat16 else 1)
         self.queries = _moved(single, rounded)
         self.seen = MOVED if rounded.dtype == torch.bfloat16 else 0.0
         self.relative = 3 * 2.0**-8 if rounded.dtype == torch.bfloat16 else 2.0**-22
@@ -696,11 +808,11 @@ class _Error:
 
     def at(self, closeness: Any) -> Any:
         """The bound at some closeness (number or tensor), for the rows noted so far."""
-        return self._bound(self.queries + self.seen + self.sum, closeness, self.relative)
+        return self._bound(self.queries + self.seen + self.rounded_sum, closeness, self.relative)
 
-    def single(self, closeness: float) -> float:
+    def single(self, closeness: Any) -> Any:
         """The bound of a float32 product."""
-        return float(self._bound(self.sum, closeness, 2.0**-22))
+        return self._bound(self.sum, closeness, 2.0**-22)
 
     def _bound(self, cosine: float, closeness: Any, relative: float) -> Any:
         return self.SLACK * (cosine * (1.01 + closeness) + cosine**2 + relative * closeness + 2 * FLOOR)
@@ -735,7 +847,7 @@ def _decide(queries: Floats, corpus: Corpus, k: int, proposer: _Proposer) -> tup
         worst = bar[tile] + error(bar[tile])  # the highest that float64 could put what was dropped
         return found, tile.start + np.flatnonzero(~(closeness[:, -1] > worst))
 
-    parts = proposer.workers.map(decide, proposer.tiles())
+    parts = proposer.workers.spread(decide, proposer.workers.shares(len(queries), HOST_TILE))
     return _joined([part for part, _ in parts]), np.concatenate([doubtful for _, doubtful in parts])
 
 
@@ -782,7 +894,7 @@ def _merge_exactly(
 ) -> None:
     rough = Scores(
         *(
-            asked.astype(np.float64) @ side.slice(start, stop).astype(np.float64).T
+            asked.astype(np.float64) @ _doubles(side.take(np.arange(start, stop))).T
             for side in (corpus.images, corpus.texts)
         )
     )

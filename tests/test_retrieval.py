@@ -241,6 +241,38 @@ def test_cuda_gives_the_same(dtype: str) -> None:
     assert rows_of(found) == expected
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_s_way_of_working_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, dtype: str, threads: int
+) -> None:
+    """Blocks read ahead by threads, one thread that computes: here with a processor as the device."""
+    monkeypatch.setattr("builders.retrieval._on_gpu", lambda engine: True)
+    monkeypatch.setattr("builders.retrieval.onednn_product", lambda: None)  # as on a GPU
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        corpus, queries = made(kind)
+        sides = [Rows(*np.split(side.slice(0, 203), (7, 150))) for side in (corpus.images, corpus.texts)]
+        found, expected = looked_up(Corpus(*sides, corpus.place), queries, dtype=dtype, block=32, tile=3)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert rows_of(found) == expected
+
+
+def test_what_cannot_be_read_ends_a_search_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(self: Rows, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr("builders.retrieval._on_gpu", lambda engine: True)
+    corpus, queries = made(clip_like)
+    monkeypatch.setattr(Rows, "take", torn)
+    with pytest.raises(OSError, match="Input/output error"):
+        search(queries, corpus, K, engine=Engine(block=32))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_onednn_the_answer_is_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr("builders.retrieval.onednn_product", lambda: None)
