@@ -475,13 +475,14 @@ def _join(work: Work, config: CorpusConfig, store: Path) -> None:
 
 def source_facts(config: CorpusConfig) -> dict[str, Any]:
     """What the manifest and the card say about the source."""
-    return {
+    facts = {
         "name": source_name(config),
         "revision": config.revision,
         "url": config.url,
         "licence": config.licence,
         "redistribute_images": config.redistribute_images,
     }
+    return facts | ({"allowed": True} if config.allowed else {})
 
 
 def image_file(corpus: Path, file: str) -> Path:

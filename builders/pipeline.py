@@ -20,7 +20,7 @@ from builders.stages import Work, check_sizes, done, fingerprint, seal_sha256
 from daco.errors import RecipeError
 from daco.manifest import sha256_file
 
-LICENCE_FIELDS = {"url", "licence", "redistribute_images"}
+LICENCE_FIELDS = {"url", "licence", "redistribute_images", "allowed"}
 """Fields of `corpus` that only the release depends on."""
 
 

@@ -65,6 +65,8 @@ class CorpusConfig:
     """SPDX id of the source's licence; nothing is published without one."""
     redistribute_images: bool = False
     """Whether the licence lets the release carry pixels."""
+    allowed: bool = False
+    """Whether the owner lets us pass on what is made from it, though the licence by itself does not."""
     shard_rows: int = 512
     """Pairs read in one shard."""
 
@@ -375,6 +377,8 @@ class ReleaseConfig:
     """Where to ask for removals."""
     removed: str = ""
     """Text file of stimulus ids, one a line, that somebody asked to have removed: they are not released."""
+    prompts: str = ""
+    """`harmless`: what files of the release hold under names such as `prompt` may go to an open repo."""
     example: str = ""
     """What the model card asks about `example.png` of the base model's repo; empty: a text, no picture."""
 
@@ -656,6 +660,7 @@ def _check(recipe: Recipe) -> None:
         "atoms.centroids": (recipe.atoms.centroids, ("one", "group")),
         "sae.start": (recipe.sae.start, ("dictionary", "random")),
         "evaluate.scope": (recipe.evaluate.scope, SCOPES),
+        "release.prompts": (recipe.release.prompts, ("", "harmless")),
     }
     for where, (value, allowed) in choices.items():
         if value not in allowed:

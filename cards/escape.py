@@ -13,8 +13,12 @@ import yaml
 _ACTIVE = re.compile(r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])")
 """What can start or end Markdown, HTML or maths anywhere in a line; `_` only at the edge of a word."""
 _LINE_START = re.compile(r"^(?:[-#+=:]|\d+(?=[.)](?:\s|$)))")
+_ADDRESS = re.compile(r"(?:https?|ftp)://|www(?=\.)|(?<=\S)@(?=\w)", re.IGNORECASE)
+"""Where GitHub's Markdown sees a web or e-mail address, which it links."""
 _PLAIN_CODE = re.compile(r"[^\s`|\\](?:[^`|\\]*[^\s`|\\])?")
-_URL = re.compile(r"https?://[A-Za-z0-9._~:/?#@!$&*+,;=%-]+")
+_URL = re.compile(
+    r"https?://[A-Za-z0-9._~:/?#@!$&*+,;=%-]+|[A-Za-z0-9._+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"
+)
 _BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -30,10 +34,11 @@ def md(text: object) -> str:
     """`text` for Markdown prose or a table cell.
 
     What Markdown would act on is written as an HTML entity: an entity stands for a character, never for
-    structure, and unlike a backslash it means the same in a table, a heading or HTML.
+    structure, and unlike a backslash it means the same in a table, a heading or HTML. Addresses stay text,
+    too: an empty comment parts them, since renderers look for addresses behind entities.
     """
     escaped = _ACTIVE.sub(lambda found: _entity(found[0]), one_line(text))
-    return _LINE_START.sub(_line_start, escaped)
+    return _ADDRESS.sub(r"\g<0><!-- -->", _LINE_START.sub(_line_start, escaped))
 
 
 def code(text: object) -> str:
@@ -43,7 +48,7 @@ def code(text: object) -> str:
 
 
 def link(url: object) -> str:
-    """A web address as a link; anything else as text."""
+    """A web or e-mail address as a link; anything else as text."""
     return f"<{url}>" if _URL.fullmatch(str(url)) else md(url)
 
 

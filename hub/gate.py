@@ -192,7 +192,7 @@ def _licences(manifest: Mapping[str, Any]) -> Iterator[Refusal]:
             what = f"expected a licence, got {licence or 'none'}"
             yield Refusal(what, where, "set corpus.licence in the recipe")
         elif FORBIDDING.search(licence) and source.get("allowed") is not True:
-            fix = "use another source; where its owner allows it, say `allowed: true` of it in the manifest"
+            fix = "use another source; where its owner allows it, set corpus.allowed in the recipe"
             yield Refusal(f"expected a licence to pass on what is made from it, got {licence}", where, fix)
     ours = str(manifest["recipe"].get("release", {}).get("licence") or "")
     if FORBIDDING.search(ours):

@@ -277,7 +277,7 @@ def _open_prompts(prompts: Sequence[str]) -> Refusal:
     return Refusal(
         f"it holds prompts ({', '.join(prompts)}), which leave only to a gated repo, got one open to all",
         "prompts",
-        'publish with --gated manual, or say "prompts": "harmless" in the facts of manifest.json if they are',
+        'publish with --gated manual, or set release.prompts = "harmless" in the recipe if they are',
     )
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cmarkgfm
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -195,6 +196,9 @@ def test_numbers_of_a_dataset_are_the_manifest_s(tmp_path: Path) -> None:
     assert f"`v1.0.0` in format `{FORMAT_VERSION}`" in body
     assert "Made with torch 2.13.0, transformers 5.23.0." in body
     assert rows(body, "Drawn pairs") == [["Drawn pairs", "1", "cc0-1.0", "<https://example.org/drawn>"]]
+    permitted = [SOURCES[0] | {"licence": "cc-by-nd-4.0", "allowed": True}]
+    _, body = rendered(tmp_path / "permitted", "dataset", sources=permitted)
+    assert rows(body, "Drawn pairs")[0][2] == "cc-by-nd-4.0, passed on as its owner allows"
 
 
 def test_numbers_of_a_model_are_its_files(tmp_path: Path) -> None:
@@ -316,14 +320,34 @@ def test_each_filter_keeps_the_text(text: str) -> None:
     assert not set("{}\\`\n") & set(escape.bib(text))
 
 
+ADDRESSES = (
+    "see https://a.example/x_y now|HTTP://a.example|ftp://a.example/b|xhttps://a.example|www.a.example|"
+    "(www.a.example)|www.www.a.example|me@a.example|m.e+f@a.example|_@b.example"
+)
+
+
+@pytest.mark.parametrize("text", ADDRESSES.split("|"))
+def test_an_address_in_a_text_is_no_link_on_github_and_the_hub(text: str) -> None:
+    def shown(markdown: str) -> Page:
+        with_html = cmarkgfm.cmark.Options.CMARK_OPT_UNSAFE
+        return Page(cmarkgfm.github_flavored_markdown_to_html(markdown, with_html))
+
+    assert shown(text).links or text.startswith(("_", "x"))
+    for escaped in (escape.md(text), escape.code(text)):
+        page = shown(f"- {escaped}\n\n| a |\n|---|\n| {escaped} |\n")
+        assert page.links == []
+        assert page.text.split() == [*text.split(), "a", *text.split()]
+
+
 def test_numbers_and_sizes_for_people() -> None:
     shown = [escape.number(value) for value in (1234, 0.123456, 1e-7, True, "a|b", float("nan"))]
     assert shown == ["1,234", "0.1235", "1e-07", "True", "a&#124;b", "nan"]
     sizes = [escape.size(n).replace("\u00a0", " ") for n in (0, 999, 1000, 2_500_000, 10**13)]
     assert sizes == ["0 B", "999 B", "1.0 kB", "2.5 MB", "10.0 TB"]
     assert escape.link("https://example.org/a?b=1") == "<https://example.org/a?b=1>"
+    assert escape.link("me@example.org") == "<me@example.org>"
     assert escape.link("javascript:alert(1)") == "javascript:alert(1)"
-    assert "<" not in escape.link("https://example.org/ <script>")
+    assert escape.link("https://example.org/ <b>") == "https://<!-- -->example.org/ &#60;b&#62;"
 
 
 def test_repo_ids(tmp_path: Path) -> None:
@@ -446,7 +470,7 @@ def test_sections_come_in_the_order_that_the_gate_asks_for(tmp_path: Path) -> No
 def test_who_asks_for_removal_has_somebody_to_ask(tmp_path: Path) -> None:
     for kind in WRITERS:
         _, body = rendered(tmp_path / f"{kind}-1", kind)
-        assert "To have something removed, write to removals@example.org; the next version" in body
+        assert "To have something removed, write to <removals@example.org>; the next version" in body
         _, body = rendered(tmp_path / f"{kind}-2", kind, recipe={})
         assert "To have something removed, open a discussion on this repo's page; the next version" in body
 

@@ -242,8 +242,11 @@ def with_corpus(recipe: Recipe, **fields: object) -> Recipe:
 def test_licence_facts_make_no_stage_run_again(tmp_path: Path) -> None:
     recipe = tiny_recipe(make_folder(tmp_path / "pics", 9), clip={"steps": 1})
     assert run(recipe, tmp_path / "run", until="clip") == ["corpus", "concepts", "clip"]
-    told = {"licence": "cc0-1.0", "url": "https://example.org", "redistribute_images": True}
-    assert run(with_corpus(recipe, **told), tmp_path / "run", until="clip") == []
+    told = {"licence": "cc-by-nd-4.0", "url": "https://example.org", "redistribute_images": True}
+    allowed = with_corpus(recipe, **told, allowed=True)
+    assert run(allowed, tmp_path / "run", until="clip") == []
+    assert corpus.source_facts(allowed.corpus).items() >= {**told, "allowed": True}.items()
+    assert "allowed" not in corpus.source_facts(recipe.corpus)
     assert run(with_corpus(recipe, rows=8), tmp_path / "run", until="corpus") == ["corpus"]
 
 

@@ -402,7 +402,7 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
         lambda f: model(f, sources=licensed("(c) me. All Rights  Reserved.", allowed="yes")),
         "expected a licence to pass on what is made from it, got (c) me",
         "sources[0] 'Drawn pairs'",
-        "say `allowed: true` of it in the manifest",
+        "set corpus.allowed in the recipe",
     ),
     "a proprietary source": (
         lambda f: model(f, sources=licensed("Proprietary")),
