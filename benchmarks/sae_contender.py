@@ -168,6 +168,7 @@ def main() -> None:
     device = shape["device"]
     start, before = load_file(folder / "start.safetensors", device=device), memory("VmRSS", device)
     step, reconstruct = CONTENDERS[name][1](shape, start, *CONTENDERS[name][2])
+    del start
     for line in sys.stdin:
         command, *rest = line.split()
         if command == "step":

@@ -20,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from benchmarks.sae_contender import CONTENDERS
 
@@ -41,35 +42,46 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 RATE, HELD_OUT = 1e-3, 2_048
 
 
-def activations(n: int, d: int, seed: int, block: int = 4_096) -> Any:
-    """[n, d] float32 made-up activations, see above; a block at a time."""
-    draw = np.random.default_rng(seed)
+def activations(n: int, d: int, seed: int, device: str = "cpu", block: int = 4_096) -> Iterator[Tensor]:
+    """[n, d] float32 made-up activations, see above; a block at a time, made on a device."""
+    draw = torch.Generator(device).manual_seed(seed)
+    options: dict[str, Any] = {"generator": draw, "device": device}
     n_features = 4 * d
-    features = draw.standard_normal((n_features, d), dtype=np.float32)
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
-    chance = 1 / np.arange(1, n_features + 1) ** 0.8
+    features = torch.nn.functional.normalize(torch.randn(n_features, d, **options), dim=1)
+    chance = 1 / torch.arange(1, n_features + 1, device=device) ** 0.8
     chance *= 20 / chance.sum()
-    centre = 2 * draw.standard_normal(d, dtype=np.float32)
-    width = np.ones(d, np.float32)
-    width[draw.choice(d, 3, replace=False)] = 10
+    centre = 2 * torch.randn(d, **options)
+    width = torch.ones(d, device=device)
+    width[torch.randperm(d, **options)[:3]] = 10
     for start in range(0, n, block):
         size = min(block, n - start)
-        code = draw.gamma(2.0, 2.0, (size, n_features)) * (draw.random((size, n_features)) < chance)
-        z = code.astype(np.float32) @ features + 0.2 * draw.standard_normal((size, d), dtype=np.float32)
-        z[draw.random(size) < 1 / 500] *= 8
+        code = torch.zeros(size, n_features, device=device)
+        there = torch.rand(size, n_features, **options) < chance
+        uniform = torch.rand(2, int(there.sum()), **options)
+        code[there] = -2 * (1 - uniform).log().sum(
+            0
+        )  # gamma of shape 2, scale 2: the sum of two exponentials
+        z = code @ features + 0.2 * torch.randn(size, d, **options)
+        z[torch.rand(size, **options) < 1 / 500] *= 8
         yield (z + centre) * width
 
 
 def prepare(folder: Path, shape: dict[str, Any], n_tokens: int, seed: int) -> None:
     """Write shape, scaled tokens (the last are held out) and the common start."""
-    z = np.concatenate([*activations(n_tokens, shape["d"], seed)])
-    z -= z.mean(0)
-    z /= np.sqrt((z**2).sum(1).mean() / shape["d"])
-    z.tofile(folder / "tokens.f32")
-    rows = torch.randn(shape["m"], shape["d"], generator=torch.Generator().manual_seed(seed))
+    d, device = shape["d"], shape["device"]
+    z = torch.empty(n_tokens, d)
+    for place, made in zip(z.split(4_096), activations(n_tokens, d, seed, device), strict=True):
+        place.copy_(made)
+    centre = torch.stack([part.mean(0) for part in z.split(HELD_OUT)]).mean(0)
+    size = 0.0
+    for part in z.split(HELD_OUT):
+        size += float(part.sub_(centre).square().sum())
+    z.div_((size / z.numel()) ** 0.5).numpy().tofile(folder / "tokens.f32")
+    draw = torch.Generator(device).manual_seed(seed)
+    rows = torch.randn(shape["m"], d, generator=draw, device=device)
     W_dec = torch.nn.functional.normalize(rows, dim=1)
-    start = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(shape["m"]), "W_dec": W_dec}
-    save_file(start | {"b_dec": torch.zeros(shape["d"])}, folder / "start.safetensors")
+    start = {"W_enc": W_dec.T.contiguous().cpu(), "b_enc": torch.zeros(shape["m"]), "W_dec": W_dec.cpu()}
+    save_file(start | {"b_dec": torch.zeros(d)}, folder / "start.safetensors")
     (folder / "shape.json").write_text(json.dumps(shape))
 
 

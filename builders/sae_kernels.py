@@ -1,8 +1,8 @@
-"""The sparse products of a training step as Triton kernels, for a GPU; `builders.sae_step` has them in torch.
+"""What torch is slow at on a GPU, as Triton kernels: sparse products, the k largest, the decoder's update.
 
-Reads and writes nothing. Triton comes with torch's CUDA builds; without it this module cannot be imported and
-the plain products are taken. Every program owns what it writes: there are no atomics, so the same inputs give
-the same sums, and nothing here waits for the GPU.
+Reads and writes nothing; `builders.sae_step` and `builders.sae_training` have the same in torch. Triton comes
+with torch's CUDA builds; without it this module cannot be imported and the plain way is taken. Every program
+owns what it writes: without atomics the same inputs give the same sums, and nothing waits for the GPU.
 """
 
 import torch
@@ -12,36 +12,87 @@ from torch import Tensor
 
 BLOCK = 512
 """Columns a program works on at once."""
+TILE = 8
+"""Entries of a row that a program reads at once, so that it waits for memory once for all of them."""
+WIDEST = 4_096
+"""Columns that a program can hold of a row of which it takes the k largest."""
 
 
 @triton.jit
-def _sums(values, index, starts, rows, out, d: tl.constexpr, BLOCK: tl.constexpr):
+def _sums(values, index, starts, rows, out, d: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < d
     total = tl.zeros([BLOCK], dtype=tl.float32)
     i, end = tl.load(starts + row), tl.load(starts + row + 1)
     while i < end:
-        source = rows + tl.load(index + i) * d + column
-        total += tl.load(values + i) * tl.load(source, mask=inside, other=0.0)
-        i += 1
+        entry = i + tl.arange(0, TILE)
+        there = entry < end
+        source = tl.load(index + entry, mask=there, other=0)[:, None] * d + column[None, :]
+        weight = tl.load(values + entry, mask=there, other=0.0)
+        found = tl.load(rows + source, mask=there[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(weight[:, None] * found, axis=0)
+        i += TILE
     tl.store(out + row * d + column, total, mask=inside)
 
 
 @triton.jit
-def _products(index, starts, x, rows, out, d: tl.constexpr, BLOCK: tl.constexpr):
+def _products(index, starts, x, rows, out, d: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i, end = tl.load(starts + row), tl.load(starts + row + 1)
     while i < end:
-        other = tl.load(index + i) * d
-        total = tl.zeros([BLOCK], dtype=tl.float32)
+        entry = i + tl.arange(0, TILE)
+        there = entry < end
+        source = tl.load(index + entry, mask=there, other=0)[:, None] * d
+        total = tl.zeros([TILE, BLOCK], dtype=tl.float32)
         for first in range(0, d, BLOCK):
             column = first + tl.arange(0, BLOCK)
             inside = column < d
             own = tl.load(x + row * d + column, mask=inside, other=0.0)
-            total += own * tl.load(rows + other + column, mask=inside, other=0.0)
-        tl.store(out + i, tl.sum(total, axis=0))
-        i += 1
+            both = there[:, None] & inside[None, :]
+            total += own[None, :] * tl.load(rows + source + column[None, :], mask=both, other=0.0)
+        tl.store(out + entry, tl.sum(total, axis=1), mask=there)
+        i += TILE
+
+
+@triton.jit
+def _largest(x, values, places, m, k, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < m
+    found = tl.load(x + row * m + column, mask=inside, other=float("-inf"))
+    bits = found.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+    # bit by bit the largest key that at least k are not below
+    bar = tl.where(tl.sum((key >= 0).to(tl.int32)) >= k, 0, -0x80000000).to(tl.int32)
+    for i in range(31):
+        higher = bar + (1 << (30 - i))
+        bar = tl.where(tl.sum((key >= higher).to(tl.int32)) >= k, higher, bar)
+    above = (key > bar).to(tl.int32)
+    equal = ((key == bar) & inside).to(tl.int32)
+    taken = (above > 0) | ((equal > 0) & (tl.cumsum(equal) <= k - tl.sum(above)))
+    place = row * k + tl.cumsum(taken.to(tl.int32)) - 1
+    tl.store(values + place, found, mask=taken)
+    tl.store(places + place, column.to(tl.int64), mask=taken)
+
+
+@triton.jit
+def _unit_adam(w, g, mean, square, d, rate, beta1, beta2, root, epsilon, WIDTH: tl.constexpr):
+    column = tl.arange(0, WIDTH)
+    inside = column < d
+    at = tl.program_id(0).to(tl.int64) * d + column
+    weight = tl.load(w + at, mask=inside, other=0.0)
+    slope = tl.load(g + at, mask=inside, other=0.0)
+    slope -= weight * tl.sum(slope * weight)
+    first = tl.load(mean + at, mask=inside, other=0.0)
+    second = tl.load(square + at, mask=inside, other=0.0)
+    first += (1 - beta1) * (slope - first)
+    second = beta2 * second + (1 - beta2) * slope * slope
+    weight -= rate * first / (tl.sqrt(second) / root + epsilon)
+    weight /= tl.sqrt(tl.sum(tl.where(inside, weight * weight, 0.0)))
+    tl.store(w + at, weight, mask=inside)
+    tl.store(mean + at, first, mask=inside)
+    tl.store(square + at, second, mask=inside)
 
 
 def tried() -> None:
@@ -65,7 +116,7 @@ def weighted_sums(values: Tensor, index: Tensor, starts: Tensor, rows: Tensor, o
         out: [r, d] float32, overwritten.
     """
     d = out.shape[1]
-    _sums[(len(out), triton.cdiv(d, BLOCK))](values, index, starts, rows, out, d=d, BLOCK=BLOCK)
+    _sums[(len(out), triton.cdiv(d, BLOCK))](values, index, starts, rows, out, d=d, BLOCK=BLOCK, TILE=TILE)
     return out
 
 
@@ -79,5 +130,44 @@ def row_products(index: Tensor, starts: Tensor, x: Tensor, rows: Tensor) -> Tens
         rows: [_, d] float32.
     """
     out = torch.empty(len(index), device=x.device)
-    _products[(len(x),)](index, starts, x, rows, out, d=x.shape[1], BLOCK=BLOCK)
+    _products[(len(x),)](index, starts, x, rows, out, d=x.shape[1], BLOCK=BLOCK, TILE=TILE)
     return out
+
+
+def k_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row and where they are, by column; of equals the first. Exact.
+
+    Args:
+        x: [n, m] float32, contiguous, k <= m <= `WIDEST`.
+        k: How many.
+
+    Returns:
+        Values [n, k] float32 and places [n, k] int64.
+    """
+    n, m = x.shape
+    values = torch.empty(n, k, device=x.device)
+    places = torch.empty(n, k, dtype=torch.int64, device=x.device)
+    width = triton.next_power_of_2(m)
+    _largest[(n,)](x, values, places, m, k, WIDTH=width, num_warps=8 if width > 2_048 else 4)
+    return values, places
+
+
+def unit_adam(
+    w: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: int, rate: float,
+    betas: tuple[float, float], epsilon: float,
+) -> None:  # fmt: skip
+    """A step of Adam on unit rows, in place: the gradient's part along them is dropped, they end at norm 1.
+
+    Args:
+        w: [m, d] float32, contiguous, as are all.
+        g: Its gradient, left as it was.
+        mean: Adam's first moment.
+        square: Adam's second moment.
+        step: How many steps it is with this one.
+        rate: Learning rate.
+        betas: Adam's.
+        epsilon: Adam's.
+    """
+    m, d = w.shape
+    fixed = [rate / (1 - betas[0] ** step), *betas, (1 - betas[1] ** step) ** 0.5, epsilon]
+    _unit_adam[(m,)](w, g, mean, square, d, *fixed, WIDTH=triton.next_power_of_2(d), num_warps=8)

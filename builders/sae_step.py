@@ -9,7 +9,7 @@ several processes BatchTopK does; ReLU and JumpReLU must know how many atoms are
 import importlib.util
 import warnings
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -86,14 +86,30 @@ def k_largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     The k largest lie in the k groups with the largest maxima, so only those are looked through.
     """
     n, m = pre.shape
-    parts = next((p for p in (16, 8) if m % p == 0 and m // p >= 4 * k), 0)
-    if not parts or pre.device.type != "cpu":
+    kernels = kernels_for(pre)
+    parts = _parts(m, k, pre.device.type, kernels)
+    if not parts:
         return pre.topk(k, dim=1, sorted=False)
+    chosen = kernels.k_largest if kernels else partial(torch.topk, dim=1, sorted=False)
+    if parts == 1:
+        return chosen(pre, k)
     grouped = pre.view(n, parts, m // parts)
-    groups = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    groups = chosen(grouped.amax(1), k)[1]
     candidates = grouped.gather(2, groups[:, None].expand(n, parts, k)).view(n, parts * k)
-    values, place = candidates.topk(k, dim=1, sorted=False)
+    values, place = chosen(candidates, k)
     return values, place // k * (m // parts) + groups.gather(1, place % k)
+
+
+def _parts(m: int, k: int, device: str, kernels: Any) -> int:
+    """Into how many parts a row is cut, each with one of every group; 0: torch looks through all of it.
+
+    By kernels, which must hold all maxima, then all candidates: the number that makes most of them the least.
+    """
+    if not kernels:
+        return next((p for p in (16, 8) if device == "cpu" and m % p == 0 and m // p >= 4 * k), 0)
+    sizes = {p: max(m // p, p * k) for p in (1, 2, 4, 8, 16, 32, 64) if m % p == 0 and m // p >= k}
+    parts = min(sizes, key=lambda p: sizes[p], default=0)
+    return parts if parts and sizes[parts] <= kernels.WIDEST else 0
 
 
 class Encoder:
@@ -274,10 +290,10 @@ class Transposed(NamedTuple):
 
 def transposed(code: Code, m: int) -> Transposed:
     """See `Transposed`."""
-    atoms, order = code.atoms.sort(stable=True)
+    atoms, order = code.atoms.int().sort(stable=True)  # half as many digits for a GPU to sort by
     tokens = torch.repeat_interleave(code.starts.diff(), output_size=len(code.atoms))
     # torch.bincount would count faster, and wait for a GPU
-    starts = torch.searchsorted(atoms, torch.arange(m + 1, device=atoms.device))
+    starts = torch.searchsorted(atoms, torch.arange(m + 1, dtype=atoms.dtype, device=atoms.device))
     return Transposed(order, tokens[order], starts)
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from builders import sae_step
 from builders.recipe import SaeConfig
 from builders.sae_losses import Weights
 from builders.sae_step import Gradients, Step
@@ -92,10 +93,7 @@ class Training:
             self.check_finite(bool(learned.loss.isfinite()))
         self._note(learned)
         self._average()
-        tangent(self.parameters["W_dec"].grad, self.parameters["W_dec"])
-        self.adam.param_groups[0]["lr"] = learning_rate(self.steps_done, self.config)
-        self.adam.step()
-        normalise(self.parameters["W_dec"])
+        self._update()
         self.steps_done += 1
         return learned.loss
 
@@ -141,6 +139,25 @@ class Training:
             for gradient in self.compute.gradients.values():
                 dist.all_reduce(gradient)
                 gradient /= dist.get_world_size()
+
+    def _update(self) -> None:
+        """Adam's step, which leaves the decoder's rows unit; a GPU takes these in one pass over memory."""
+        group, W_dec = self.adam.param_groups[0], self.parameters["W_dec"]
+        group["lr"] = learning_rate(self.steps_done, self.config)
+        kernels, gradient = sae_step.kernels_for(W_dec), self.compute.gradients["W_dec"]
+        if not kernels:
+            tangent(gradient, W_dec)
+            self.adam.step()
+            normalise(W_dec)
+            return
+        W_dec.grad = None  # so that torch's Adam passes it by
+        self.adam.step()
+        if not self.adam.state[W_dec]:
+            self.adam.state[W_dec] |= {name: torch.zeros_like(W_dec) for name in ("exp_avg", "exp_avg_sq")}
+        moments = [self.adam.state[W_dec][name] for name in ("exp_avg", "exp_avg_sq")]
+        kernels.unit_adam(
+            W_dec, gradient, *moments, self.steps_done + 1, group["lr"], group["betas"], group["eps"]
+        )
 
     def check_finite(self, finite: bool | None = None) -> None:
         """Raise ActivationError unless all weights (or what was looked at) are finite."""
@@ -191,9 +208,8 @@ class Training:
         return training
 
 
-def tangent(gradient: Tensor | None, rows: Tensor, block: int = 2_048) -> None:
+def tangent(gradient: Tensor, rows: Tensor, block: int = 2_048) -> None:
     """Drop, in place, the part of a gradient [m, d] that would change the rows' norms; rows are unit."""
-    assert gradient is not None
     for g, w in zip(gradient.split(block), rows.split(block), strict=True):
         g.addcmul_(w, (g * w).sum(1, keepdim=True), value=-1)
 

@@ -38,8 +38,13 @@ def test_a_step_with_kernels_is_that_with_plain_products():
     assert with_triton("step", TRITON_INTERPRET="1").count("equal") == 4
 
 
+@pytest.mark.parametrize(("what", "cases"), [("largest", 6), ("training", 2)])
+def test_what_else_kernels_do_is_what_torch_does(what, cases):
+    assert with_triton(what, TRITON_INTERPRET="1").count("equal") == cases
+
+
 def test_the_kernels_compile_for_a_gpu():
-    assert with_triton("compile").count("bytes") == 6
+    assert with_triton("compile").count("bytes") == 12
 
 
 def test_without_triton_or_without_a_gpu_the_plain_products_are_taken(monkeypatch):
