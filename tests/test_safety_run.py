@@ -110,6 +110,26 @@ def test_a_picture_that_cannot_be_read_leaves_its_item_out_and_no_other(
     assert judge.asked == 4
 
 
+def test_a_prompt_that_the_window_does_not_hold_leaves_its_item_out_and_no_other(
+    tmp_path: Path, model: Any, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [item._replace(pictures=()) for item in items(6)]
+    n_tokens = [int(inputs_of(model[1], [item], [[]], None)["attention_mask"].sum()) for item in some]
+    longest = max(n_tokens)
+    assert min(n_tokens) < longest
+    asking = quick()
+    config = model[0].config.get_text_config()
+    for window, fit in ((longest + asking.max_answer - 1, [n < longest for n in n_tokens]), (3, [False] * 6)):
+        monkeypatch.setattr(config, "max_position_embeddings", window)
+        found = cells(model, [suite()._replace(items=tuple(some))], made[:1])
+        answer_all(tmp_path / str(window), *model, jobs_of(found, (1, 1)), asking)
+        table = read(tmp_path / str(window), found[0])
+        assert table["answer"].notna().tolist() == fit
+        for n, why, ok in zip(n_tokens, table["trouble"], fit, strict=True):
+            told = f"longer than the model reads: {n} + {asking.max_answer} tokens, {window} at most"
+            assert why == ("" if ok else told)
+
+
 def test_nothing_is_asked_or_judged_twice(
     tmp_path: Path, model: Any, made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,7 @@ def ask(
     prompt: SafetyPrompt | None = None,
     pace: Pace | None = None,
 ) -> list[Answer]:
-    """Greedy answers to one batch of items.
+    """Greedy answers to one batch of items; one that the model's window does not hold is not asked.
 
     Args:
         model: The MLLM, steered or not.
@@ -122,13 +122,29 @@ def ask(
         prompt: A safety prompt in front.
         pace: Sees when tokens come.
     """
-    watched = {"stopping_criteria": [pace]} if pace else {}
-    inputs = inputs_of(processor, items, pictures, prompt).to(model.device)
-    said = generated_ids(model, processor, inputs, max_answer, **GREEDY, **watched)
-    texts = processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+    inputs = inputs_of(processor, items, pictures, prompt)
+    trouble = too_long(model, inputs["attention_mask"].sum(1).tolist(), max_answer)
+    answers = [Answer(None, 0, False, why) for why in trouble]
+    rows = [row for row, why in enumerate(trouble) if not why]
+    if rows and len(rows) < len(items):
+        inputs = inputs_of(processor, [items[row] for row in rows], [pictures[row] for row in rows], prompt)
+    if rows:
+        watched = {"stopping_criteria": [pace]} if pace else {}
+        said = generated_ids(model, processor, inputs.to(model.device), max_answer, **GREEDY, **watched)
+        texts = processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+        for row, text, ids in zip(rows, texts, said, strict=True):
+            answers[row] = Answer(text.strip(), len(ids), len(ids) >= max_answer, "")
+    return answers
+
+
+def too_long(model: Any, n_tokens: Sequence[int], max_answer: int) -> list[str]:
+    """Why a window does not hold prompts of so many tokens with an answer; empty where it does."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return [
-        Answer(text.strip(), len(ids), len(ids) >= max_answer, "")
-        for text, ids in zip(texts, said, strict=True)
+        f"longer than the model reads: {n} + {max_answer} tokens, {window} at most"
+        if window is not None and n + max_answer > window
+        else ""
+        for n in n_tokens
     ]
 
 

@@ -250,7 +250,8 @@ def _answer_job(out: Path, model: Any, processor: Any, job: Job, asking: Asking)
                     job.cell.arm.prompt,
                     pace,
                 )
-                seconds, steps = seconds + _clock(model) - pace.first, steps + pace.steps
+                if pace.steps >= 0:  # else the model's window held none of them
+                    seconds, steps = seconds + _clock(model) - pace.first, steps + pace.steps
                 answers |= dict(zip(kept, said, strict=True))
     report = run.report() if run else None
     cost = {
