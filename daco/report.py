@@ -102,9 +102,9 @@ def _layer_lines(layer: LayerReport, shown: int = 5) -> list[str]:
     return lines
 
 
-HELD = 64
-"""Positions that a tally keeps before it counts them all at once: one by one, counting costs more than
-steering."""
+HELD, HELD_POSITIONS = 64, 512
+"""Forwards, or positions, that a tally keeps before it counts them all at once: one by one, counting costs
+more than steering."""
 
 
 class Tally:
@@ -133,7 +133,7 @@ class Tally:
             z, delta, strengths = z.detach(), delta.detach(), strengths.detach()
         self._held.append((z, delta, strengths, weight))
         self._n_held += len(z)
-        if self._n_held >= HELD:
+        if len(self._held) >= HELD or self._n_held >= HELD_POSITIONS:
             self.count()
 
     def add_places(self, places: Tensor) -> None:
@@ -166,9 +166,14 @@ class Tally:
         if not held:
             return
         rows = max(len(self.places), *map(len, held))
-        every = [nn.functional.pad(one.to(self.places.device), (0, 0, 0, rows - len(one))) for one in held]
-        self.places = nn.functional.pad(self.places, (0, 0, 0, rows - len(self.places)))
-        self.places += torch.stack(every).sum(0)
+        every = [_padded(one.to(self.places.device), rows) for one in held]
+        self.places = _padded(self.places, rows) + torch.stack(every).sum(0)
+
+
+def _padded(places: Tensor, rows: int) -> Tensor:
+    """Counts of as many rows; those that have them already are not copied."""
+    missing = rows - len(places)
+    return nn.functional.pad(places, (0, 0, 0, missing)) if missing else places
 
 
 def layer_report(layer: int, tally: Tally | None, method: Method, name: str = "") -> LayerReport:

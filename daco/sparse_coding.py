@@ -1,11 +1,15 @@
 """Sparse codes on a dictionary, batched, each certified by its duality gap; tensors in, tensors out.
 
 Most atoms are in no code: each row is solved on a working set of the atoms that pull hardest, on their Gram
-matrix, and one product with the whole dictionary then shows which atoms were missing.
+matrix, and one product with the whole dictionary then shows which atoms were missing. On a GPU, a few rows at
+a time go through `daco.solver_kernels` first, which asks the host for nothing but whether that was enough.
 """
 
+import importlib.util
+import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +40,9 @@ NEWCOMERS of them join, or as many as the code has."""
 SMALL, WHOLE_ROUNDS, ROUND = 1_024, 30, 10
 """Dictionaries of at most SMALL atoms are tried whole first, rows on one Gram matrix: WHOLE_ROUNDS of ROUND
 accelerated steps at most; what is not certified by then is solved on working sets."""
+
+FEW = 64
+"""Rows on a GPU up to which one kernel solves all working sets, of equal size: what many need, all pay."""
 
 TURNS, STEPS, MOST_STEPS, NEWTON_STEPS = 20, 8, 512, 8
 """On a working set: turns at most; accelerated steps in the first turn, twice as many in each further one, up
@@ -163,6 +170,8 @@ def elastic_net(
         )
         most = alpha[part] * known.largest(q, here) / tau if relative else alpha[part]
         solve = _solve if len(D) > SMALL else _solve_small
+        if len(here) <= FEW and len(D) > SMALL and D.dtype == torch.float32 and kernels_for(D):
+            solve = _solve_few
         penalty = _Penalty(most * tau, most * (1 - tau), non_negative)
         code[part], gap[part] = solve(here, q, known, penalty, tol, max_rounds)
     return SparseCode(code.to(z.dtype), gap.to(z.dtype), gap <= tol * _half(wide))
@@ -219,8 +228,7 @@ def _solve(
     """Codes and gaps of some rows; a row leaves when it is certified, or when nothing more changes."""
     code = torch.zeros_like(q.value)
     gap = _certificate(z, z, code, penalty.most(q), penalty)
-    # below the rounding of what is computed on a working set there is nothing to gain
-    inner = max(0.1 * tol, 4 * torch.finfo(z.dtype).eps)
+    inner = _inner(tol, z.dtype)
     rows = (gap > tol * _half(z)).nonzero().squeeze(-1)
     pull = q.value[rows]
     for _ in range(max_rounds):
@@ -242,6 +250,57 @@ def _solve(
         going = (gap[rows] > tol * _half(here)) & changed
         rows, pull = rows[going], pull[going]
     return code, gap
+
+
+def _solve_few(
+    z: Tensor, q: Near, known: _Dictionary, penalty: _Penalty, tol: float, max_rounds: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and gaps of a few rows on a GPU, on working sets of fixed size; of the others by `_solve`.
+
+    The host waits once for each size: to have less to launch counts more there than to have less to compute.
+    """
+    kernels, half, inner = kernels_for(known.D), _half(z), _inner(tol, z.dtype)
+    code, pull = torch.zeros_like(q.value), q.value
+    l1, l2 = penalty.l1.squeeze(-1), penalty.l2.squeeze(-1)
+    for turn, width in enumerate(kernels.WIDTHS[:max_rounds]):
+        strength = penalty.strength(pull)
+        if turn:
+            strength.masked_fill_(code != 0, torch.inf)
+        atoms = strength.topk(width, sorted=False).indices
+        rows = known.D[atoms]
+        G = _gram(rows) if known.gram is None else _block(known.gram, atoms)
+        own, start = q.value.gather(1, atoms), code.gather(1, atoms)
+        c = kernels.solve(G, own, start, l1, l2, half, inner, penalty.non_negative)
+        residual = torch.baddbmm(z[:, None], c[:, None], rows, alpha=-1).squeeze(1)
+        code = torch.zeros_like(code).scatter_(1, atoms, c)
+        pull = torch.addcmul(residual @ known.D.T, penalty.l2, code, value=-1)
+        gap = _certificate(z, residual, code, pull, penalty)
+        missed = gap > tol * half
+        if not missed.any():
+            return code, gap
+    rest = missed.nonzero().squeeze(-1)
+    code[rest], gap[rest] = _solve(z[rest], q.of(rest), known, penalty.of(rest), tol, max_rounds)
+    return code, gap
+
+
+@cache
+def _triton_kernels() -> Any:
+    """`daco.solver_kernels` where Triton is installed and works, as beside torch's CUDA builds; else None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from daco import solver_kernels
+
+        solver_kernels.tried()
+    except Exception as error:  # whatever Triton raises where it cannot compile
+        warnings.warn(f"codes are found without Triton, more slowly: {error}", stacklevel=2)
+        return None
+    return solver_kernels
+
+
+def kernels_for(x: Tensor) -> Any:
+    """The kernels that solve working sets where x lies; None: torch does."""
+    return _triton_kernels() if x.device.type == "cuda" else None
 
 
 def _pull(near: Near, residual: Tensor, c: Tensor, D: Tensor, penalty: _Penalty) -> Tensor:
@@ -435,6 +494,11 @@ def _primal_and_gap(
 
 def _parts(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
+
+
+def _inner(tol: float, dtype: torch.dtype) -> float:
+    """The tolerance on a working set; below the rounding of what is computed there is nothing to gain."""
+    return max(0.1 * tol, 4 * torch.finfo(dtype).eps)
 
 
 def _half(z: Tensor) -> Tensor:

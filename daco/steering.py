@@ -194,7 +194,7 @@ class Run:
             new = torch.cat(moved) if moved[1:] else moved[0]
         else:
             weight = step.weight.to(z.device)
-            new = torch.where(weight[:, None], self._move(part, layer, picked, weight), picked)
+            new = self._move(part, layer, picked, weight)
         if rows is not None:
             new = flat.index_copy(0, rows, new)
         with _lock:
@@ -202,16 +202,30 @@ class Run:
         return new.view_as(z)
 
     def _move(self, part: int, layer: int, z: Tensor, weight: Tensor | None) -> Tensor:
-        """`z` plus the method's delta, `[n, d_model]`; tallied."""
+        """`z` plus the method's delta where there is weight, `[n, d_model]`; tallied."""
         delta, strengths = self._parts[part].method.change(layer, z)
         with _lock:
             self._tally(part, layer, z.device).add(z, delta, strengths, weight)
-        return z + delta.to(z.dtype)
+        return _sum(z, delta, weight)
 
     def _tally(self, part: int, layer: int, device: torch.device) -> Tally:
         if (part, layer) not in self._tallies:
             self._tallies[part, layer] = Tally(len(self._parts[part].method.atoms(layer)), device)
         return self._tallies[part, layer]
+
+
+def _sum(z: Tensor, delta: Tensor, weight: Tensor | None) -> Tensor:
+    """`z + delta` in z's dtype, rounded once; z as it is where a row's weight is False.
+
+    To launch each operation costs a GPU more than to do it: there is one, wherever no gradient is wanted.
+    """
+    if torch.is_grad_enabled():
+        moved = (z + delta).to(z.dtype)
+        return moved if weight is None else torch.where(weight[:, None], moved, z)
+    if weight is None:
+        return z + delta if z.dtype == delta.dtype else torch.add(z, delta, out=torch.empty_like(z))
+    out = torch.empty_like(z)
+    return torch.addcmul(z, delta, weight[:, None], out=out)
 
 
 def _parts_by_layer(parts: list[Part]) -> dict[int, list[int]]:

@@ -13,7 +13,7 @@ from daco.assignment import PerRow, Steerers, parts_of
 from daco.capture import block_output
 from daco.claims import claim, release
 from daco.errors import NothingToSteerError
-from daco.methods.method import Method, check_on_empty
+from daco.methods.method import Method, Placed, check_on_empty
 from daco.sites import find_trunk, site
 
 
@@ -112,7 +112,7 @@ def _steered(forward: Callable[..., Any], layer: int, methods: list[Method]) -> 
         z = block_output(output)
         flat = z.reshape(-1, z.shape[-1])
         for method in methods:
-            flat = flat + method.change(layer, flat).delta.to(flat.dtype)
+            flat = (flat + method.change(layer, flat).delta).to(flat.dtype)
         z = flat.view_as(z)
         return (z, *output[1:]) if isinstance(output, tuple) else z
 
@@ -121,9 +121,22 @@ def _steered(forward: Callable[..., Any], layer: int, methods: list[Method]) -> 
 
 @torch.no_grad()
 def _place(block: nn.Module, layer: int, methods: list[Method]) -> None:
-    """Put the methods' weights on the block's device now: a compiled forward only reads them."""
+    """Put the methods' weights on the block's device now: a compiled forward only reads them.
+
+    There they stay, so a CUDA graph may read them where they are; what may move it copies at each replay.
+    """
     weight: Tensor | None = next(block.parameters(), None)
     if weight is None or weight.device.type == "meta":  # offloaded: wherever it runs
         return
     for method in methods:
         method.change(layer, torch.zeros(1, method.base_model.hidden_size, device=weight.device))
+        if weight.is_cuda:
+            _keep_in_place(method, layer, weight.device)
+
+
+def _keep_in_place(method: Method, layer: int, device: torch.device) -> None:
+    """Tell the compiler of weights that never move."""
+    placed = getattr(method, "_weights", {}).get(layer)
+    for tensor in vars(placed.on(device)).values() if isinstance(placed, Placed) else ():
+        if tensor is not None:
+            torch._dynamo.mark_static_address(tensor)

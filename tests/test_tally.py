@@ -10,7 +10,7 @@ import torch
 from conftest import inputs_of
 
 import daco
-from daco.report import HELD, PLACES, Tally, layer_report
+from daco.report import HELD, HELD_POSITIONS, PLACES, Tally, layer_report
 from daco.sites import ModelFacts
 
 
@@ -34,7 +34,7 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("sizes", [[1] * 203, [5] * 40, [300, 1, 1, 70, 1], [1], [HELD]])
+@pytest.mark.parametrize("sizes", [[1] * 203, [5] * 40, [300, 1, 1, 70, 1], [1], [HELD_POSITIONS]])
 def test_counts_are_those_of_every_position(sizes: list[int]) -> None:
     n, tally = sum(sizes), Tally(7, torch.device("cpu"))
     z, delta, strengths = draw(n, 32, seed=0), draw(n, 32, seed=1), draw(n, 7, seed=2)
@@ -47,7 +47,8 @@ def test_counts_are_those_of_every_position(sizes: list[int]) -> None:
         whole = size > 1  # several positions are chosen before, single ones by a weight
         weight[part] = True if whole else weight[part]
         tally.add(z[part], delta[part], strengths[part], None if whole else weight[part])
-        assert sum(len(held[0]) for held in tally._held) < HELD
+        assert len(tally._held) < HELD
+        assert sum(len(held[0]) for held in tally._held) < HELD_POSITIONS
         start += size
     kept = int(weight.sum())
     tally.add_places(torch.tensor([[0, 0, kept - 2], [0, 1, 0]]))

@@ -103,7 +103,10 @@ class SAESteering:
     def change(self, layer: int, z: Tensor) -> Change:
         """Code and delta of activations `[n, d_model]`, in the SAE's dtype."""
         w = self._weights[layer].on(z.device)
-        code = self._code(layer, z.to(w.shift.dtype) - w.b_dec, w)
+        own = w.b_dec.dtype
+        if z.dtype.itemsize >= own.itemsize:
+            z = z.to(own)  # a narrower one is widened by the subtraction
+        code = self._code(layer, z - w.b_dec, w)
         return Change(torch.addmm(w.shift, code, w.minus_W_dec), code)
 
     def atoms(self, layer: int) -> list[int]:

@@ -1,0 +1,50 @@
+"""Proves that codes found with the GPU's kernel are those found without, and that none is needed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from daco import sparse_coding
+
+SCRIPT = Path(__file__).with_name("solver_triton.py")
+
+
+def with_triton(what: str, **environment: str) -> str:
+    """What the script says in a process that can import Triton, which a CPU build of torch lacks."""
+    place = os.environ.get("TRITON_PATH")
+    if not place:
+        pytest.skip("TRITON_PATH is not set: it names a folder with Triton")
+    paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent), str(Path(place).resolve())])
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), what],
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_codes_with_the_kernel_are_those_without():
+    said = with_triton("codes", TRITON_INTERPRET="1")
+    assert said.count("equal") == 2
+    assert int(said.split()[-8]) > 0  # rows that need more than the kernel's sets were among them
+
+
+def test_the_kernel_compiles_for_a_gpu():
+    assert with_triton("compile").count("bytes") == 4
+
+
+def test_without_triton_or_without_a_gpu_torch_solves(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    sparse_coding._triton_kernels.cache_clear()
+    assert sparse_coding._triton_kernels() is None
+    sparse_coding._triton_kernels.cache_clear()
+    monkeypatch.setattr(sparse_coding, "_triton_kernels", lambda: "kernels")
+    assert sparse_coding.kernels_for(torch.zeros(1)) is None
