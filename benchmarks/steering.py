@@ -11,7 +11,8 @@ DACO's own methods, the share of the limit that the floor sets. `cpu` is the pro
 at work on the machine disturb less; with one thread it is what a quiet machine's wall clock would show. On
 a GPU both are the GPU's own, between events.
 
-Models have random weights. `--device cuda --shape 7b --mode compiled` measures a compiled decode step.
+Models have random weights, and are built once for all of `--batch 1 16`. `--device cuda --shape 7b --mode
+compiled` measures a compiled decode step.
 """
 
 import argparse
@@ -397,34 +398,41 @@ def machine(arguments: argparse.Namespace) -> str:
     return f"{place}; {versions}, transformers {transformers.__version__}"
 
 
-def speed(shape: Shape, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], SteeringSAE, str]:
-    """All rows but those of loading, the SAEs, and what the rows call the work."""
-    dtype = getattr(torch, arguments.dtype)
-    model = build_model(shape, dtype, arguments.device, arguments.seed)
-    draw = torch.Generator().manual_seed(arguments.seed)
-    size = (arguments.batch, arguments.prompt)
-    ids = torch.randint(10, shape.config["vocab_size"] // 2, size, generator=draw).to(arguments.device)
-    long = torch.randint(10, shape.config["vocab_size"] // 2, (1, 256), generator=draw).to(arguments.device)
+def built(shape: Shape, arguments: argparse.Namespace) -> tuple[Any, SteeringSAE, dict[str, Contender]]:
+    """The model, its SAEs, and who takes part."""
+    start = time.perf_counter()
+    model = build_model(shape, getattr(torch, arguments.dtype), arguments.device, arguments.seed)
+    print(f"the model is there after {time.perf_counter() - start:.1f} s", flush=True)
+    long = tokens_of(shape, (1, 256), arguments)
     sizes = arguments.atoms, arguments.labelled
     sae, dictionary, alpha = build_saes(model, shape, long, *sizes, arguments.seed)
     found = contenders(model, sae, dictionary, alpha, sizes[1], arguments.mode == "compiled")
-    print(f"MOP's alpha: {alpha:.2f}", flush=True)
-    found = {name: found[name] for name in found if name in ("none", "daco_rows", *arguments.who)}
-    what = f"{shape.name}, {arguments.dtype}, {arguments.mode}, batch {arguments.batch}"
+    print(f"so are SAEs after {time.perf_counter() - start:.1f} s; MOP's alpha: {alpha:.2f}", flush=True)
+    return model, sae, {name: found[name] for name in found if name in ("none", "daco_rows", *arguments.who)}
+
+
+def tokens_of(shape: Shape, size: tuple[int, int], arguments: argparse.Namespace) -> torch.Tensor:
+    """Random tokens, none of them special."""
+    draw = torch.Generator().manual_seed(arguments.seed + size[0])
+    return torch.randint(10, shape.config["vocab_size"] // 2, size, generator=draw).to(arguments.device)
+
+
+def speed(
+    model: Any, found: dict[str, Contender], ids: torch.Tensor, what: str, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """All rows of a batch but those of loading."""
     print(f"{what}: {held_bytes(model) / 1e9:.2f} GB, {read_bytes(model) / 1e9:.2f} GB a token", flush=True)
     times = measure(model, found, ids, arguments)
     floors = {name: contender.reads / read_bytes(model) for name, contender in found.items()}
     rows = [*time_rows(times, floors, what), *added_rows(times, floors, what, arguments.device)]
-    return [*rows, *memory_rows(found, held_bytes(model), what)], sae, what
+    return [*rows, *memory_rows(found, held_bytes(model), what)]
 
 
-def others(out: Path, what: str) -> list[dict[str, Any]]:
+def others(out: Path, table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of other work that were measured before."""
-    if not out.is_file():
-        return []
-    return [
-        row for row in json.loads(out.read_text(encoding="utf-8")) if not row["work"].startswith(f"{what}, ")
-    ]
+    old = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
+    works = {row["work"] for row in table}
+    return [row for row in old if row["work"] not in works]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -446,7 +454,7 @@ def parsed() -> argparse.Namespace:
         "--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, bfloat16 on a GPU"
     )
     parser.add_argument("--mode", choices=["eager", "compiled"], default="eager")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--pairs", type=int, default=40, help="rounds")
     parser.add_argument("--tokens", type=int, default=6, help="timed tokens of a round")
     parser.add_argument("--prompt", type=int, default=8, help="tokens of the prompt")
@@ -469,14 +477,25 @@ def main() -> None:
     if arguments.mode == "compiled":  # plain hooks, put on after compiling, are seen at the cost of a guard
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch._dynamo.config.recompile_limit = 64  # one graph for each contender
-    table, sae, what = speed(SHAPES[arguments.shape], arguments)
-    gc.collect()
-    table += load_rows(sae, arguments.loads, what) if arguments.loads else []
+    shape = SHAPES[arguments.shape]
+    model, sae, found = built(shape, arguments)
+    for batch in arguments.batch:
+        what = f"{shape.name}, {arguments.dtype}, {arguments.mode}, batch {batch}"
+        ids = tokens_of(shape, (batch, arguments.prompt), arguments)
+        write(speed(model, found, ids, what, arguments), arguments)
+    if arguments.loads:
+        del model, found
+        gc.collect()
+        write(list(load_rows(sae, arguments.loads, what)), arguments)
+
+
+def write(table: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Show rows, and put them into the file in place of those of the same work."""
     table = [row | {"machine": machine(arguments)} for row in table]
     for row in table:
         show(row)
     arguments.out.parent.mkdir(exist_ok=True)
-    table = [*others(arguments.out, what), *table]
+    table = [*others(arguments.out, table), *table]
     arguments.out.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

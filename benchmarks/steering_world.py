@@ -17,10 +17,10 @@ from builders.vision import ensure_torchvision
 from daco.capture import capture
 from daco.dictionary import ConceptDictionary
 from daco.manifest import FORMAT_VERSION, file_entry, release_files, write_manifest
-from daco.methods import MOP
 from daco.sae import SAE, LayerSAE
 from daco.sae_files import write_config, write_layer
 from daco.sites import ModelFacts, find_trunk
+from daco.sparse_coding import elastic_net
 from daco.steering_sae import SteeringSAE
 
 ETA, GAMMA, K = 0.3, 0.05, 64
@@ -123,15 +123,18 @@ def build_saes(
         "activation": "topk",
         "steering": {"eta": ETA, "gamma": GAMMA, "scope": "all"},
     }
-    return SteeringSAE(config, saes), dictionary, _alpha(dictionary, activations[shape.layers[0]][-8:])
+    alpha = _alpha(dictionary, activations[shape.layers[0]][-8:], model.device)
+    return SteeringSAE(config, saes), dictionary, alpha
 
 
-def _alpha(dictionary: ConceptDictionary, z: Tensor) -> float:
+def _alpha(dictionary: ConceptDictionary, z: Tensor, device: torch.device) -> float:
     """The smallest of MOP's penalties whose codes have no more than `K` atoms."""
-    layer, chosen = dictionary.layers[0], 0.95
+    rows, z, chosen = dictionary.unit(dictionary.layers[0]).to(device), z.to(device), 0.95
+    correlation = z @ rows.T
     for alpha in np.arange(0.9, 0.0, -0.05):
-        code = MOP(dictionary, float(alpha), layers=[layer]).code(layer, z)
-        if (code != 0).sum() > min(K, z.shape[1] // 8) * len(z):
+        given = z.new_full((len(z),), float(alpha))
+        solved = elastic_net(z, rows, given, 0.95, correlation=correlation, relative=True)
+        if (solved.code != 0).sum() > min(K, z.shape[1] // 8) * len(z):
             break
         chosen = float(alpha)
     return chosen
