@@ -77,7 +77,7 @@ def _largest(x, values, places, m, k, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _unit_adam(w, g, mean, square, d, rate, beta1, beta2, root, epsilon, WIDTH: tl.constexpr):
+def _unit_adam(w, g, mean, square, d, rate, new1, new2, root, epsilon, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)
     inside = column < d
     at = tl.program_id(0).to(tl.int64) * d + column
@@ -86,8 +86,8 @@ def _unit_adam(w, g, mean, square, d, rate, beta1, beta2, root, epsilon, WIDTH: 
     slope -= weight * tl.sum(slope * weight)
     first = tl.load(mean + at, mask=inside, other=0.0)
     second = tl.load(square + at, mask=inside, other=0.0)
-    first += (1 - beta1) * (slope - first)
-    second = beta2 * second + (1 - beta2) * slope * slope
+    first += new1 * (slope - first)
+    second += new2 * (slope * slope - second)
     weight -= rate * first / (tl.sqrt(second) / root + epsilon)
     weight /= tl.sqrt(tl.sum(tl.where(inside, weight * weight, 0.0)))
     tl.store(w + at, weight, mask=inside)
@@ -169,5 +169,6 @@ def unit_adam(
         epsilon: Adam's.
     """
     m, d = w.shape
-    fixed = [rate / (1 - betas[0] ** step), *betas, (1 - betas[1] ** step) ** 0.5, epsilon]
+    unbiased = [1 - beta**step for beta in betas]
+    fixed = [rate / unbiased[0], 1 - betas[0], 1 - betas[1], unbiased[1] ** 0.5, epsilon]
     _unit_adam[(m,)](w, g, mean, square, d, *fixed, WIDTH=triton.next_power_of_2(d), num_warps=8)

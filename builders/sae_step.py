@@ -22,7 +22,7 @@ from builders.sae_losses import aux_loss, loss_of, residual_unit
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-PRE_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
+PRE_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 """Pre-activations held at once: what stays in the cache of a CPU, a share of the memory of a GPU."""
 DENSE_SHARE = 0.05
 """Above this share of active atoms dense matrix products are faster than sparse ones (ReLU, early on)."""

@@ -84,7 +84,7 @@ def compiled() -> None:
 
     kinds = dict.fromkeys(("values", "x", "rows", "out", "w", "g", "mean", "square"), "*fp32")
     kinds |= dict.fromkeys(("index", "starts", "places"), "*i64") | dict.fromkeys(("m", "k"), "i32")
-    kinds |= dict.fromkeys(("rate", "beta1", "beta2", "root", "epsilon"), "fp32")
+    kinds |= dict.fromkeys(("rate", "new1", "new2", "root", "epsilon"), "fp32")
     for d in (3_584, 4_096, 1_030):
         sizes = {"d": d, "BLOCK": sae_kernels.BLOCK, "TILE": sae_kernels.TILE}
         sizes["WIDTH"] = triton.next_power_of_2(d)

@@ -38,6 +38,14 @@ def test_the_saes_learn_from_what_the_forward_gives():
     assert float(training.loss(found[1])) < first
 
 
+def test_windows_attended_to_in_one_call_give_what_transformers_gives():
+    model = bench.built(bench.SHAPES["tiny"], "cpu", torch.float32)
+    inputs = bench.pictures(model, 2, 224, 5, 0)  # 2 x 2 windows a picture
+    found = bench.forward(model, inputs, [2])[2]
+    model.model.visual.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(found, bench.forward(model, inputs, [2])[2])
+
+
 def test_the_big_model_has_the_published_size():
     model = bench.built(bench.SHAPES["7b"], "meta", torch.bfloat16)
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 8.29  # as its page says

@@ -83,3 +83,27 @@ def test_a_step_on_a_gpu_waits_for_nothing(activation):
         training.step(z)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("m", "k"), [(15_000, 64), (65_536, 64), (4_099, 7), (64, 64)])
+def test_the_k_largest_on_a_gpu_are_those_of_torch(m, k):
+    pre = draw(70, m).bfloat16().float().cuda()  # with ties
+    values, places = sae_step.k_largest(pre, k)
+    assert torch.equal(pre.gather(1, places), values)
+    assert torch.equal(values.sort(1, descending=True).values, pre.topk(k, 1).values)
+    assert all(len(set(row)) == k for row in places.tolist())
+
+
+@on_a_gpu
+def test_training_on_a_gpu_is_that_on_a_cpu():
+    z, config = draw(17, 64, seed=9).float(), config_of("topk", learning_rate=1e-2)
+    start = {name: w.float() / 8 for name, w in random_weights(37, 64).items()}
+    start["W_dec"] = torch.nn.functional.normalize(start["W_dec"], dim=1)
+    here = Training(start, 1.0, config)
+    there = Training({name: w.cuda() for name, w in start.items()}, 1.0, config)
+    for _ in range(3):
+        here.step(z)
+        there.step(z.cuda())
+    for name, weight in here.parameters.items():
+        close(there.parameters[name].detach().cpu(), weight.detach(), 1e-4)
