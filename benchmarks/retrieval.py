@@ -11,8 +11,9 @@ and one a caption, which do not give Eq. 4.
 
 Every row is written when it is there, and parts run on their own (`--parts speed,faiss,memory,growth`), so
 that a machine need not be free for long; rows of the other parts stay. Files of embeddings are kept in
-`--data`, if that is given. The whole of CC-3M on a GPU: `--full --device cuda --rounds 1` (10 GB on disk,
-read memory-mapped; `--pairs` makes it smaller).
+`--data`, if that is given. The whole of CC-3M on a GPU: `--full --device cuda` (10 GB on disk, read
+memory-mapped; `--pairs` makes it smaller). A GPU's times are by the clock alone, from files to answers:
+reading, copying to the GPU and deciding in float64 included; its memory is that of the GPU.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +39,16 @@ from builders.retrieval import (
     Corpus,
     Engine,
     Floats,
+    Found,
+    Ints,
+    Rows,
+    Scores,
     Searched,
     draw_places,
     draw_pool,
     exhaustive,
     onednn_product,
+    ranked,
     search,
 )
 
@@ -52,6 +59,10 @@ GROWTH = (50_000, 100_000, 200_000, 400_000, 800_000)
 FULL = (15_000, 3_300_000, 768)
 SQUARE = 4096
 """Side of the square matrices whose product's rate is measured beside that of our shapes."""
+SHAPES = {"cpu": ((512, 4096), (768, 2048), (2048, 8192)), "cuda": ((8192, 8192), (8192, 65_536))}
+"""Concepts and stimuli of the products whose rate is measured."""
+CHECKED = 16
+"""Concepts whose answers are compared with the float64 pass."""
 PARTS = ("speed", "faiss", "memory", "growth")
 
 
@@ -105,13 +116,37 @@ def _write(world: World, names: list[Path], n: int, block: int) -> None:
     sides = [
         np.lib.format.open_memmap(name, mode="w+", dtype=np.float16, shape=(n, world.width)) for name in names
     ]
-    for start in range(0, n, block):
+
+    def write(start: int) -> None:
         for side, rows in zip(sides, world.pairs(start // block, min(block, n - start)), strict=True):
             side[start : start + block] = rows
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(write, range(0, n, block)))
 
 
 def corpus_of(images: Floats, texts: Floats) -> Corpus:
     return Corpus.of(images, texts, [f"{i * 2654435761 % 2**64:016x}" for i in range(len(images))])
+
+
+class Task(NamedTuple):
+    """What the stage asks of the search: the nearest and negatives of every concept."""
+
+    queries: Floats
+    corpus: Corpus
+    pool: Ints
+    draws: list[Ints]
+
+
+def task_of(queries: Floats, sides: Sequence[Floats]) -> Task:
+    corpus = corpus_of(*sides)
+    pool = draw_pool(len(corpus), POOL, 0)
+    return Task(
+        queries,
+        corpus,
+        pool,
+        [draw_places(f"user:{i}", len(pool), TOP_K, 0) for i in range(len(queries))],
+    )
 
 
 # Measuring.
@@ -149,49 +184,67 @@ def products(dtype: str, device: str) -> dict[str, Product]:
     return found
 
 
-def peaks(dtype: str, width: int, device: str, least: float) -> dict[str, Took]:
+def peaks(dtype: str, width: int, arguments: argparse.Namespace) -> dict[str, Took]:
     """Rates of matrix products in flop/s and in flop per processor second: of each way the best of several
-    shapes, each kept up for `least` s."""
+    shapes, each kept up for `--least` s."""
+    device = arguments.device
     rates = {name: Took(0.0, 0.0) for name in products(dtype, device)}
-    for m, n, d in ((SQUARE, SQUARE, SQUARE), (512, 4096, width), (768, 2048, width), (2048, 8192, width)):
+    at_once = 1 if device == "cpu" else 8  # a GPU would stand still between products that are waited for
+    shapes = [(*shape, width) for shape in SHAPES["cpu" if device == "cpu" else "cuda"]]
+    for m, n, d in ((SQUARE, SQUARE, SQUARE), *shapes):
         left = torch.randn(m, d, device=device).to(DTYPES[dtype])
         right = torch.randn(n, d, device=device).to(DTYPES[dtype])
         out = torch.empty(m, n, dtype=DTYPES[dtype], device=device)
         for name, product in products(dtype, device).items():
-            product(left, right, out)
+
+            def several() -> None:
+                for _ in range(at_once):
+                    product(left, right, out)  # noqa: B023
+
+            took(several, device)
             times, wall, cpu = 0, 0.0, 0.0
-            while wall < least:
-                one = took(lambda: product(left, right, out), device)  # noqa: B023
-                times, wall, cpu = times + 1, wall + one.wall, cpu + one.cpu
+            while wall < arguments.least:
+                one = took(several, device)
+                times, wall, cpu = times + at_once, wall + one.wall, cpu + one.cpu
             flop, best = 2 * m * n * d * times, rates[name]
             rates[name] = Took(max(best.wall, flop / wall), max(best.cpu, flop / cpu))
     return rates
 
 
-def retrieve(queries: Floats, corpus: Corpus, dtype: str, arguments: argparse.Namespace) -> Searched:
-    """What the stage asks of the search: the nearest and negatives of every concept."""
-    pool = draw_pool(len(corpus), POOL, 0)
-    draws = [draw_places(f"user:{i}", len(pool), TOP_K, 0) for i in range(len(queries))]
-    engine = Engine(dtype, arguments.device, arguments.memory)
-    return search(queries, corpus, TOP_K, pool=pool, draws=draws, n_negative=TOP_K, engine=engine)
+def retrieve(task: Task, dtype: str, arguments: argparse.Namespace) -> Searched:
+    """The search that is measured."""
+    return search(
+        task.queries,
+        task.corpus,
+        TOP_K,
+        pool=task.pool,
+        draws=task.draws,
+        n_negative=TOP_K,
+        engine=Engine(dtype, arguments.device, arguments.memory),
+    )
 
 
-def share(queries: Floats, corpus: Corpus, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a search, the rates of matrix products before and after, and its share of the best."""
-    width, device = corpus.images.width, arguments.device
-    before = peaks(dtype, width, device, arguments.least)
-    search_took = took(lambda: retrieve(queries, corpus, dtype, arguments), device)
-    after = peaks(dtype, width, device, arguments.least)
-    flop = 4 * len(queries) * len(corpus) * width
+class Turn(NamedTuple):
+    """A search between measurements of the machine."""
+
+    took: Took
+    peaks: dict[str, Took]
+    """Rates of matrix products, before and after."""
+    share: Took
+    """Of the best of them: by the clock and in processor seconds."""
+    found: Searched
+
+
+def turn(task: Task, dtype: str, arguments: argparse.Namespace) -> Turn:
+    """Time of a search, and its share of the rate of matrix products before and after."""
+    width, found = task.corpus.images.width, []
+    before = peaks(dtype, width, arguments)
+    search_took = took(lambda: found.append(retrieve(task, dtype, arguments)), arguments.device)
+    after = peaks(dtype, width, arguments)
+    flop = 4 * len(task.queries) * len(task.corpus) * width
     rates = {name: Took(*((before[name][i] + after[name][i]) / 2 for i in (0, 1))) for name in before}
-    wall, cpu = (max(rate[i] for rate in rates.values()) for i in (0, 1))
-    return {
-        "seconds": search_took.wall,
-        "cpu": search_took.cpu,
-        "peaks": rates,
-        "share": flop / search_took.wall / wall,
-        "cpu_share": flop / search_took.cpu / cpu,
-    }
+    shares = (flop / search_took[i] / max(rate[i] for rate in rates.values()) for i in (0, 1))
+    return Turn(search_took, rates, Took(*shares), found[0])
 
 
 def faiss_took(queries: Floats, images: Floats, texts: Floats, threads: int) -> Took | None:
@@ -216,8 +269,14 @@ def anonymous_mib() -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def memory_of(call: Callable[[], Any]) -> float:
-    """Most MiB that a call takes beside what was there before and mapped files."""
+def memory_of(call: Callable[[], Any], device: str) -> float:
+    """Most MiB that a call takes beside what was there before and mapped files; on a GPU: of its memory."""
+    if device != "cpu":
+        torch.cuda.synchronize()  # there are no statistics before a first use
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        return float(torch.cuda.max_memory_allocated() - held) / 2**20
     before, most, over = anonymous_mib(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -234,17 +293,42 @@ def memory_of(call: Callable[[], Any]) -> float:
     return most[0] - before
 
 
-def check(queries: Floats, corpus: Corpus, dtype: str, arguments: argparse.Namespace) -> None:
-    """Some answers against the float64 pass.
+def exactly(task: Task, threads: int) -> tuple[Ints, Found]:
+    """Some concepts, and their nearest by the float64 pass, whose threads have a part of the corpus each."""
+    corpus, k = task.corpus, TOP_K
+    chosen = np.linspace(0, len(task.queries) - 1, CHECKED).astype(int)
+    step = -(-len(corpus) // threads)
+
+    def nearest(start: int) -> Found:
+        part = slice(start, start + step)
+        sides = (Rows(side.slice(start, start + step)) for side in (corpus.images, corpus.texts))
+        return exhaustive(task.queries[chosen], Corpus(*sides, corpus.place[part]), k)
+
+    starts = range(0, len(corpus), step)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts = list(pool.map(nearest, starts))
+    torch.set_num_threads(threads)
+    found = Found([], [])
+    for query in range(len(chosen)):
+        rows = np.concatenate([start + part.rows[query] for start, part in zip(starts, parts, strict=True)])
+        cosines = zip(*(part.scores[query] for part in parts), strict=True)
+        best = ranked(rows, Scores(*(np.concatenate(side) for side in cosines)), corpus.place, k)
+        for kept, one in zip(found, best, strict=True):
+            kept.append(one)
+    return chosen, found
+
+
+def check(found: Searched, exact: tuple[Ints, Found], other: Searched | None) -> None:
+    """A search's answers against the float64 pass, and all of them against another dtype's.
 
     Raises:
         AssertionError: one differs.
     """
-    chosen = np.linspace(0, len(queries) - 1, 16).astype(int)
-    found = retrieve(queries[chosen], corpus, dtype, arguments)
-    slow = exhaustive(queries[chosen], corpus, TOP_K)
-    for one, other in zip(found.nearest.rows, slow.rows, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for place, rows in zip(exact[0].tolist(), exact[1].rows, strict=True):
+        np.testing.assert_array_equal(found.nearest.rows[place], rows)
+    if other:
+        for one, another in ((found.nearest, other.nearest), (found.negatives, other.negatives)):
+            np.testing.assert_array_equal(np.concatenate(one.rows), np.concatenate(another.rows))
 
 
 def machine(arguments: argparse.Namespace) -> str:
@@ -275,76 +359,84 @@ def main_work(arguments: argparse.Namespace, dtype: str) -> str:
     return f"{pairs}, top {TOP_K} + {TOP_K} negatives, {dtype}"
 
 
-def speed(queries: Floats, sides: Sides, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def speed(task: Task, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of the main size in both dtypes; the median round of each counts."""
-    corpus = corpus_of(*(side[: arguments.pairs] for side in sides))
+    exact, other = exactly(task, arguments.threads), None
     for dtype in arguments.dtypes:
-        check(queries, corpus, dtype, arguments)
         rounds = []
         for number in range(arguments.rounds):
-            rounds.append(share(queries, corpus, dtype, arguments))
-            print(f"round {number}: load {os.getloadavg()[0]:.1f} {dtype} {rounds[-1]}", flush=True)
-        yield from _speed_rows(main_work(arguments, dtype), rounds)
+            rounds.append(turn(task, dtype, arguments))
+            check(rounds[-1].found, exact, other)
+            other = rounds[-1].found
+            print(f"round {number}: load {os.getloadavg()[0]:.1f} {dtype} {said(rounds[-1])}", flush=True)
+        yield from _speed_rows(main_work(arguments, dtype), rounds, units_of(arguments))
 
 
-def _speed_rows(work: str, rounds: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    middle = {
-        key: statistics.median(turn[key] for turn in rounds)
-        for key in ("seconds", "cpu", "share", "cpu_share")
-    }
-    yield row(work, "daco", round(middle["seconds"], 1), "s", middle["share"])
-    yield row(work, "daco", round(middle["cpu"], 1), "processor s", middle["cpu_share"])
-    flop = statistics.median(turn["share"] * turn["seconds"] * _best(turn, 0) for turn in rounds)
-    for name in rounds[0]["peaks"]:
-        for i, unit, key in ((0, "Gflop/s", "seconds"), (1, "Gflop a processor s", "cpu")):
-            rate = statistics.median(turn["peaks"][name][i] for turn in rounds)
-            yield row(
-                f"{work}: its product alone", name, round(rate / 1e9, 1), unit, flop / rate / middle[key]
+def said(one: Turn) -> str:
+    return f"{one.took} {one.peaks} share {one.share} settled by {dict(one.found.answered)}"
+
+
+def units_of(arguments: argparse.Namespace) -> tuple[tuple[int, str, str], ...]:
+    """(index into `Took`, unit of a time, unit of a rate): of a GPU the processor's time says nothing."""
+    units = ((0, "s", "Gflop/s"), (1, "processor s", "Gflop a processor s"))
+    return units if arguments.device == "cpu" else units[:1]
+
+
+def _speed_rows(
+    work: str, rounds: list[Turn], units: tuple[tuple[int, str, str], ...]
+) -> Iterator[dict[str, Any]]:
+    for i, unit, _ in units:
+        seconds, share = (
+            statistics.median(values[i] for values in column)
+            for column in ([one.took for one in rounds], [one.share for one in rounds])
+        )
+        yield row(work, "daco", round(seconds, 2 if seconds < 10 else 1), unit, share)
+    for name in rounds[0].peaks:
+        for i, _, unit in units:
+            rate = statistics.median(one.peaks[name][i] for one in rounds)
+            of_best = statistics.median(
+                one.share[i] * max(other[i] for other in one.peaks.values()) / one.peaks[name][i]
+                for one in rounds
             )
+            yield row(f"{work}: its product alone", name, round(rate / 1e9, 1), unit, of_best)
 
 
-def _best(turn: dict[str, Any], i: int) -> float:
-    return float(max(rate[i] for rate in turn["peaks"].values()))
-
-
-def faiss_rows(queries: Floats, sides: Sides, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def faiss_rows(task: Task, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Two searches of the same data by faiss, between two of ours."""
-    images, texts = (side[: arguments.pairs] for side in sides)
-    corpus = corpus_of(images, texts)
-    ours = [took(lambda: retrieve(queries, corpus, "float32", arguments), arguments.device)]
-    theirs = faiss_took(queries, images, texts, arguments.threads)
-    ours.append(took(lambda: retrieve(queries, corpus, "float32", arguments), arguments.device))
-    for i, unit in ((0, "s"), (1, "processor s")):
+    sides = [rows.slice(0, len(rows)) for rows in (task.corpus.images, task.corpus.texts)]
+    ours = [took(lambda: retrieve(task, "float32", arguments), arguments.device)]
+    theirs = faiss_took(task.queries, sides[0], sides[1], arguments.threads)
+    ours.append(took(lambda: retrieve(task, "float32", arguments), arguments.device))
+    for i, unit, _ in units_of(arguments):
         if theirs:
             ratio = theirs[i] / statistics.mean(one[i] for one in ours)
             work = main_work(arguments, "float32")
             yield row(work, "faiss.IndexFlatIP twice", round(theirs[i], 1), unit, ratio)
 
 
-def memory(queries: Floats, sides: Sides, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def memory(task: Task, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The most memory taken beside the embeddings."""
-    corpus = corpus_of(*(side[: arguments.pairs] for side in sides))
+    limit, what = (2048, "memory") if arguments.device == "cpu" else (arguments.memory, "memory of the GPU")
     for dtype in arguments.dtypes:
-        used = memory_of(lambda: retrieve(queries, corpus, dtype, arguments))  # noqa: B023
-        work = f"{main_work(arguments, dtype)}, memory beside the embeddings"
-        yield row(work, "daco", round(used), "MiB", used / 2048)
+        used = memory_of(lambda: retrieve(task, dtype, arguments), arguments.device)  # noqa: B023
+        work = f"{main_work(arguments, dtype)}, {what} beside the embeddings"
+        yield row(work, "daco", round(used), "MiB", used / limit)
 
 
 def growth(queries: Floats, sides: Sides, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of rising corpora, and what they say of CC-3M."""
     queries = queries[:2_000]
+    i, unit, _ = units_of(arguments)[-1]
     for dtype in arguments.dtypes:
-        found: dict[str, Any] = {}
         for n in GROWTH:
-            corpus = corpus_of(*(side[:n] for side in sides))
-            found = share(queries, corpus, dtype, arguments)
+            found = turn(task_of(queries, [side[:n] for side in sides]), dtype, arguments)
             work = f"{size(len(queries), n, arguments.width)}, memory-mapped, {dtype}"
-            yield row(work, "daco", round(found["cpu"], 2), "processor s", found["cpu_share"])
-            print(f"growth {n}: {found}", flush=True)
-        per_flop = found["cpu"] / (len(queries) * GROWTH[-1] * arguments.width)
+            yield row(work, "daco", round(found.took[i], 2), unit, found.share[i])
+            print(f"growth {n}: {said(found)}", flush=True)
+        per_flop = found.took[i] / (len(queries) * GROWTH[-1] * arguments.width)
         there = per_flop * np.prod([float(number) for number in FULL])
         work = f"{size(*FULL)}, extrapolated, {dtype}"
-        yield row(work, "daco", round(there), "processor s", found["cpu_share"])
+        yield row(work, "daco", round(there), unit, found.share[i])
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
@@ -353,9 +445,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     queries = np.asarray(world.concepts(arguments.concepts), dtype=np.float32)
     most = max(arguments.pairs, GROWTH[-1] if "growth" in arguments.parts else 0)
     sides = write_pairs(world, folder, most)
-    parts = {"speed": speed, "faiss": faiss_rows, "memory": memory, "growth": growth}
+    task = task_of(queries, [side[: arguments.pairs] for side in sides])
+    parts = {"speed": speed, "faiss": faiss_rows, "memory": memory}
     for part in arguments.parts:
-        for one in parts[part](queries, sides, arguments):
+        rows = growth(queries, sides, arguments) if part == "growth" else parts[part](task, arguments)
+        for one in rows:
             write_row(part, one, arguments)
 
 
@@ -390,8 +484,8 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--memory", type=int, help="MiB of working memory; default: 1536, on a GPU 16384")
-    parser.add_argument("--least", type=float, default=1.0, help="seconds for which a product is kept up")
+    parser.add_argument("--memory", type=int, help="MiB of working memory; default: 1536, on a GPU 32768")
+    parser.add_argument("--least", type=float, help="seconds for which a product is kept up; 1, on a GPU .2")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--parts", help=f"of {','.join(PARTS)}; default: all")
     parser.add_argument(
@@ -402,7 +496,9 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     default = FULL if arguments.full else (15_000, 200_000, 512)
     for name, number in zip(("concepts", "pairs", "width"), default, strict=True):
         setattr(arguments, name, getattr(arguments, name) or number)
-    arguments.memory = arguments.memory or (1536 if arguments.device == "cpu" else 16_384)
+    cpu = arguments.device == "cpu"
+    arguments.memory = arguments.memory or (1536 if cpu else 32_768)
+    arguments.least = arguments.least or (1.0 if cpu else 0.2)
     parts = arguments.parts or ("speed,memory" if arguments.full else ",".join(PARTS))
     arguments.parts, arguments.dtypes = parts.split(","), arguments.dtypes.split(",")
     for name, known in (("parts", PARTS), ("dtypes", tuple(DTYPES))):

@@ -738,11 +738,11 @@ def _moved_to(device: torch.device, staged: Sequence[Tensor], local: threading.l
     """Copies on a device, complete; on a GPU by a stream of the thread's own, beside what is computed."""
     if device.type != "cuda":
         return [rows.clone() for rows in staged]
-    stream = local.__dict__.setdefault("stream", None) or torch.cuda.Stream(device)
-    local.stream = stream
-    with torch.cuda.stream(stream):
+    if not hasattr(local, "stream"):
+        local.stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(local.stream):
         moved = [rows.to(device, non_blocking=True) for rows in staged]
-    stream.synchronize()
+    local.stream.synchronize()
     return moved
 
 
@@ -892,9 +892,10 @@ def exhaustive(queries: Floats, corpus: Corpus, k: int, block: int = 4_096, tile
 def _merge_exactly(
     asked: Floats, corpus: Corpus, start: int, stop: int, k: int, best: list[tuple[Ints, Scores]]
 ) -> None:
+    doubles, rows = torch.from_numpy(asked.astype(np.float64)), np.arange(start, stop)
     rough = Scores(
         *(
-            asked.astype(np.float64) @ _doubles(side.take(np.arange(start, stop))).T
+            (doubles @ torch.from_numpy(_doubles(side.take(rows))).T).numpy()
             for side in (corpus.images, corpus.texts)
         )
     )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_the_whole_of_cc_3m_is_this_command_in_small(tmp_path: Path) -> None:
     arguments = benchmark.parse(["--full", "--device", "cuda"])
     assert (arguments.concepts, arguments.pairs, arguments.width) == (15_000, 3_300_000, 768)
     assert arguments.parts == ["speed", "memory"]
-    assert arguments.memory == 16_384
+    assert arguments.memory == 32_768
     out = tmp_path / "out.json"
     benchmark.main(["--full", *SMALL, "--out", str(out)])
     rows = json.loads(out.read_text(encoding="utf-8"))
@@ -52,3 +53,27 @@ def test_parts_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         benchmark.parse(["--parts", "speed,spead"])
     assert "--parts: expected some of speed,faiss,memory,growth" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_not_the_float64_pass_s_ends_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    search = benchmark.search
+
+    def wrong(*given: Any, **named: Any) -> Any:
+        found = search(*given, **named)
+        found.nearest.rows[0][:2] = found.nearest.rows[0][1::-1].copy()
+        return found
+
+    monkeypatch.setattr(benchmark, "search", wrong)
+    with pytest.raises(AssertionError, match="Arrays are not equal"):
+        benchmark.main([*SMALL, "--parts", "speed", "--out", str(tmp_path / "out.json")])
+
+
+def test_of_a_gpu_only_the_clock_is_told() -> None:
+    arguments = [benchmark.parse(["--device", device]) for device in ("cpu", "cuda")]
+    assert [[unit for _, unit, _ in benchmark.units_of(one)] for one in arguments] == [
+        ["s", "processor s"],
+        ["s"],
+    ]
+    assert [(one.memory, one.least) for one in arguments] == [(1536, 1.0), (32_768, 0.2)]
