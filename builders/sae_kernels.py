@@ -23,7 +23,7 @@ def _sums(values, index, starts, rows, out, d: tl.constexpr, BLOCK: tl.constexpr
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < d
-    total = tl.zeros([BLOCK], dtype=tl.float32)
+    total = tl.zeros([TILE, BLOCK], dtype=tl.float32)
     i, end = tl.load(starts + row), tl.load(starts + row + 1)
     while i < end:
         entry = i + tl.arange(0, TILE)
@@ -31,9 +31,9 @@ def _sums(values, index, starts, rows, out, d: tl.constexpr, BLOCK: tl.constexpr
         source = tl.load(index + entry, mask=there, other=0)[:, None] * d + column[None, :]
         weight = tl.load(values + entry, mask=there, other=0.0)
         found = tl.load(rows + source, mask=there[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(weight[:, None] * found, axis=0)
+        total += weight[:, None] * found.to(tl.float32)
         i += TILE
-    tl.store(out + row * d + column, total, mask=inside)
+    tl.store(out + row * d + column, tl.sum(total, axis=0), mask=inside)
 
 
 @triton.jit
@@ -50,7 +50,8 @@ def _products(index, starts, x, rows, out, d: tl.constexpr, BLOCK: tl.constexpr,
             inside = column < d
             own = tl.load(x + row * d + column, mask=inside, other=0.0)
             both = there[:, None] & inside[None, :]
-            total += own[None, :] * tl.load(rows + source + column[None, :], mask=both, other=0.0)
+            found = tl.load(rows + source + column[None, :], mask=both, other=0.0)
+            total += own[None, :] * found.to(tl.float32)
         tl.store(out + entry, tl.sum(total, axis=1), mask=there)
         i += TILE
 
@@ -60,7 +61,7 @@ def _largest(x, values, places, m, k, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < m
-    found = tl.load(x + row * m + column, mask=inside, other=float("-inf"))
+    found = tl.load(x + row * m + column, mask=inside, other=float("-inf")).to(tl.float32)
     bits = found.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
     # bit by bit the largest key that at least k are not below
@@ -112,7 +113,7 @@ def weighted_sums(values: Tensor, index: Tensor, starts: Tensor, rows: Tensor, o
         values: [n] float32.
         index: [n] int64, rows of `rows`.
         starts: [r + 1] int64.
-        rows: [_, d] float32, contiguous, as is `out`.
+        rows: [_, d] float32 or bfloat16, contiguous, as is `out`.
         out: [r, d] float32, overwritten.
     """
     d = out.shape[1]
@@ -127,7 +128,7 @@ def row_products(index: Tensor, starts: Tensor, x: Tensor, rows: Tensor) -> Tens
         index: [n] int64, rows of `rows`.
         starts: [r + 1] int64.
         x: [r, d] float32, contiguous, as is `rows`.
-        rows: [_, d] float32.
+        rows: [_, d] float32 or bfloat16.
     """
     out = torch.empty(len(index), device=x.device)
     _products[(len(x),)](index, starts, x, rows, out, d=x.shape[1], BLOCK=BLOCK, TILE=TILE)
@@ -138,7 +139,7 @@ def k_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row and where they are, by column; of equals the first. Exact.
 
     Args:
-        x: [n, m] float32, contiguous, k <= m <= `WIDEST`.
+        x: [n, m] float32 or bfloat16, contiguous, k <= m <= `WIDEST`.
         k: How many.
 
     Returns:

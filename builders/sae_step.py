@@ -125,7 +125,9 @@ class Encoder:
         self.W_enc, self.b_enc, self.dtype = W_enc, b_enc, dtype
         m = len(W_enc)
         self.tokens = max(1, PRE_ELEMENTS[W_enc.device.type] // m)
-        self.pre = torch.empty(self.tokens, m, device=W_enc.device)
+        self.halves = dtype == "bfloat16" and kernels_for(W_enc) is not None
+        pre = torch.bfloat16 if self.halves else torch.float32  # kernels choose by either
+        self.pre = torch.empty(self.tokens, m, device=W_enc.device, dtype=pre)
         if dtype == "int8":
             self.small = torch.empty_like(W_enc, dtype=torch.int8)
             self.sums = torch.empty(self.tokens, m, dtype=torch.int32, device=W_enc.device)
@@ -149,6 +151,8 @@ class Encoder:
         pre = self.pre[: len(centred)]
         if self.dtype == "float32":
             return torch.addmm(self.b_enc, centred, self.W_enc.T, out=pre)
+        if self.halves:
+            return torch.addmm(self.b_enc.bfloat16(), centred.bfloat16(), self.small.T, out=pre)
         if self.dtype == "bfloat16":
             return torch.add(centred.bfloat16() @ self.small.T, self.b_enc, out=pre)
         unit = centred.abs().amax(1, keepdim=True).div_(127).clamp_min_(1e-30)
@@ -261,7 +265,7 @@ def row_products(code: Code, x: Tensor, rows: Tensor) -> Tensor:
 def decoded(code: Code, W_dec: Tensor) -> Tensor:
     """`c W_dec`, [batch, d]."""
     if kernels := kernels_for(W_dec):
-        out = W_dec.new_empty(len(code.starts) - 1, W_dec.shape[1])
+        out = torch.empty(len(code.starts) - 1, W_dec.shape[1], device=W_dec.device)
         return kernels.weighted_sums(code.values, code.atoms, code.starts, W_dec, out)
     return F.embedding_bag(code.atoms, W_dec, code.starts[:-1], per_sample_weights=code.values, mode="sum")
 
@@ -327,6 +331,13 @@ class Step:
         dtype = "float32" if exact else dtype or quickest(W_enc.device, W_enc.numel())
         self.encoder = Encoder(W_enc, self.weights["b_enc"], dtype)
 
+    def read(self, rows: Tensor) -> Tensor:
+        """What kernels read many times over in sparse products: half as wide where products may be bfloat16.
+
+        Only what is read is rounded; sums, weights, gradients and the code stay float32.
+        """
+        return rows.bfloat16() if self.encoder.halves else rows
+
     def __call__(
         self, x: Tensor, penalty: float, guess: float = 0.0, dead: Tensor | None = None
     ) -> Gradients:
@@ -346,8 +357,9 @@ class Step:
         if c.activation in ("relu", "jumprelu") and len(code.values) > DENSE_SHARE * len(x) * len(w["b_enc"]):
             loss, error = self._dense(x, centred, penalty, live)
         else:
-            error = decoded(live, w["W_dec"]).sub_(centred)  # b_dec cancels
-            loss = error.square().sum() / len(x) + self._backward(centred, error, code, penalty)
+            W_dec = self.read(w["W_dec"])
+            error = decoded(live, W_dec).sub_(centred)  # b_dec cancels
+            loss = error.square().sum() / len(x) + self._backward(centred, error, code, W_dec, penalty)
         if dead is not None and len(dead):
             loss = loss + self._aux(-error, centred, dead)
         return Gradients(loss, self.gradients, live)
@@ -370,21 +382,23 @@ class Step:
         above = code.values > self.weights["log_threshold"].exp()[code.atoms]
         return code._replace(values=code.values * above)
 
-    def _backward(self, centred: Tensor, error: Tensor, code: Code, penalty: float) -> Tensor | float:
+    def _backward(
+        self, centred: Tensor, error: Tensor, code: Code, W_dec: Tensor, penalty: float
+    ) -> Tensor | float:
         """Fill the gradients of reconstruction and penalty; returns the penalty's part of the loss."""
         w, g, batch = self.weights, self.gradients, len(centred)
         live = self._live(code)
         slope = error.mul(2 / batch)
-        pulled = row_products(code, slope, w["W_dec"])  # of every value
+        pulled = row_products(code, slope, W_dec)  # of every value
         priced: Tensor | float = 0.0
         turned = transposed(code, len(w["b_enc"]))
-        turned.product(live.values, slope, g["W_dec"])
+        turned.product(live.values, self.read(slope), g["W_dec"])
         if self.config.activation == "relu" and penalty:
             priced = self._l1(code, pulled, penalty / batch)
         if self.config.activation == "jumprelu":
             priced = self._jump(code, pulled, penalty / batch)
         pulled = pulled * (live.values > 0)
-        turned.product(pulled, centred, g["W_enc"])
+        turned.product(pulled, self.read(centred), g["W_enc"])
         g["b_enc"].zero_().index_add_(0, code.atoms, pulled)
         torch.sub(slope.sum(0), g["b_enc"] @ w["W_enc"], out=g["b_dec"])
         return priced

@@ -1,6 +1,7 @@
 """Runs where Triton can be imported: its kernels in a training step, interpreted, or compiled for a GPU.
 
-Usage: python kernels_triton.py step | largest | training (with TRITON_INTERPRET=1) | compile. No GPU needed.
+Usage: python kernels_triton.py step | largest | halves | training (with TRITON_INTERPRET=1) | compile.
+No GPU is needed.
 """
 
 import sys
@@ -8,11 +9,12 @@ from contextlib import contextmanager
 
 import torch
 import triton
-from sae_rows import ACTIVATIONS, draw, random_weights
+from sae_rows import ACTIVATIONS, dense, draw, random_weights
 from test_sae_step import close, config_of, stepped
 
 from builders import sae_kernels, sae_step
 from builders.sae_kernels import BLOCK
+from builders.sae_step import Step
 from builders.sae_training import Training
 
 
@@ -50,12 +52,34 @@ def largest() -> None:
         x = torch.randn(3, m, generator=draws)
         for pre in (x, x.bfloat16().float(), x.round(), torch.zeros(3, m), x.abs().neg(), x.log()):
             pre = pre.nan_to_num(nan=-torch.inf)
-            with by_kernels():
-                values, places = sae_step.k_largest(pre, k)
-            assert torch.equal(pre.gather(1, places), values)
-            assert torch.equal(values.sort(1, descending=True).values, pre.topk(k, 1).values)
-            assert all(len(set(row)) == k for row in places.tolist())
+            for given in (pre, pre.bfloat16()):
+                with by_kernels():
+                    values, places = sae_step.k_largest(given, k)
+                assert torch.equal(given.gather(1, places), values)
+                assert torch.equal(values.sort(1, descending=True).values, given.topk(k, 1).values)
+                assert all(len(set(row)) == k for row in places.tolist())
         print(m, k, "equal")
+
+
+def halves() -> None:
+    """A step that reads bfloat16 copies: nearly the exact code, and its gradients but for their rounding."""
+    d = sae_kernels.BLOCK + 8
+    x, config = draw(17, d, seed=9).float(), config_of("topk")
+    rows = {n: w.float() / d**0.5 for n, w in random_weights(37, d).items()}
+    rows["W_enc"] = rows["W_enc"].T.contiguous()
+    with by_kernels():
+        found = Step(rows, config, "bfloat16")(x, 0.0)
+    plain = Step(rows, config, "float32")
+    exact = plain(x, 0.0).code
+    shared = (dense(found.code) > 0) & (dense(exact) > 0)
+    assert shared.sum() > 0.95 * len(exact.values)
+    close(dense(found.code)[shared], dense(exact)[shared])
+    plain.code = lambda centred, guess=0.0: found.code  # a tie of bfloat16 is no matter of the gradients
+    expected = plain(x, 0.0)
+    close(found.loss, expected.loss, 1e-3)
+    for name, gradient in expected.by_name.items():
+        close(found.by_name[name], gradient, 1e-2)
+        print(name, "rounded" if not torch.equal(found.by_name[name], gradient) else "the same")
 
 
 def training() -> None:
@@ -85,24 +109,21 @@ def compiled() -> None:
     kinds = dict.fromkeys(("values", "x", "rows", "out", "w", "g", "mean", "square"), "*fp32")
     kinds |= dict.fromkeys(("index", "starts", "places"), "*i64") | dict.fromkeys(("m", "k"), "i32")
     kinds |= dict.fromkeys(("rate", "new1", "new2", "root", "epsilon"), "fp32")
-    for d in (3_584, 4_096, 1_030):
+    products = [sae_kernels._sums, sae_kernels._products]
+    for d, rows in ((3_584, "*fp32"), (4_096, "*bf16"), (1_030, "*bf16")):
         sizes = {"d": d, "BLOCK": sae_kernels.BLOCK, "TILE": sae_kernels.TILE}
         sizes["WIDTH"] = triton.next_power_of_2(d)
-        for kernel in (
-            sae_kernels._sums,
-            sae_kernels._products,
-            sae_kernels._largest,
-            sae_kernels._unit_adam,
-        ):
-            fixed = {
-                (i,): sizes[name]
-                for i, name in enumerate(kernel.arg_names)
-                if name not in kinds and name in sizes
-            }
+        for kernel in (*products, sae_kernels._largest, sae_kernels._unit_adam):
             signature = {n: kinds.get(n, "constexpr") for n in kernel.arg_names}
+            signature |= {"rows": rows} if kernel in products else {"x": rows} if "x" in signature else {}
+            if kernel is sae_kernels._unit_adam:
+                signature["d"] = "i32"
+            fixed = {(i,): sizes[n] for i, n in enumerate(kernel.arg_names) if signature[n] == "constexpr"}
             made = triton.compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
             print(kernel.__name__, d, len(made.asm["cubin"]), "bytes")
 
 
 if __name__ == "__main__":
-    {"step": step, "largest": largest, "training": training, "compile": compiled}[sys.argv[1]]()
+    {"step": step, "largest": largest, "halves": halves, "training": training, "compile": compiled}[
+        sys.argv[1]
+    ]()

@@ -43,6 +43,10 @@ def test_what_else_kernels_do_is_what_torch_does(what, cases):
     assert with_triton(what, TRITON_INTERPRET="1").count("equal") == cases
 
 
+def test_a_step_that_reads_bfloat16_copies_is_the_exact_one_but_for_their_rounding():
+    assert with_triton("halves", TRITON_INTERPRET="1").count("rounded") == 4
+
+
 def test_the_kernels_compile_for_a_gpu():
     assert with_triton("compile").count("bytes") == 12
 
