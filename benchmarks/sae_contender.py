@@ -168,12 +168,15 @@ def main() -> None:
     device = shape["device"]
     start, before = load_file(folder / "start.safetensors", device=device), memory("VmRSS", device)
     step, reconstruct = CONTENDERS[name][1](shape, start, *CONTENDERS[name][2])
-    del start
+    if device == "cuda":  # where several contenders share the memory, and it can be counted from here on
+        del start
+        torch.cuda.reset_peak_memory_stats()
     for line in sys.stdin:
         command, *rest = line.split()
         if command == "step":
             first, n = map(int, rest)
             rows = torch.from_numpy(tokens[first : first + n * shape["batch"]].copy()).to(device)
+            before = rows.nbytes if device == "cuda" else before
             answer = timed(step, rows.split(shape["batch"]), device)
             answer["peak"] = memory("VmHWM", device) - before
         else:
