@@ -363,6 +363,8 @@ def speed(task: Task, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]
     """Rows of the main size in both dtypes; the median round of each counts."""
     exact, other = exactly(task, arguments.threads), None
     for dtype in arguments.dtypes:
+        if arguments.profile:
+            profiled(task, dtype, arguments)
         rounds = []
         for number in range(arguments.rounds):
             rounds.append(turn(task, dtype, arguments))
@@ -370,6 +372,17 @@ def speed(task: Task, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]
             other = rounds[-1].found
             print(f"round {number}: load {os.getloadavg()[0]:.1f} {dtype} {said(rounds[-1])}", flush=True)
         yield from _speed_rows(main_work(arguments, dtype), rounds, units_of(arguments))
+
+
+def profiled(task: Task, dtype: str, arguments: argparse.Namespace) -> None:
+    """Print what took a search the time of the processor and of the GPU."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if arguments.device != "cpu":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profile:
+        took(lambda: retrieve(task, dtype, arguments), arguments.device)
+    key = "self_cpu_time_total" if arguments.device == "cpu" else "self_cuda_time_total"
+    print(profile.key_averages().table(sort_by=key, row_limit=16, max_name_column_width=60), flush=True)
 
 
 def said(one: Turn) -> str:
@@ -486,6 +499,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--memory", type=int, help="MiB of working memory; default: 1536, on a GPU 32768")
     parser.add_argument("--least", type=float, help="seconds for which a product is kept up; 1, on a GPU .2")
+    parser.add_argument("--profile", action="store_true", help="print what a search does, by operation")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--parts", help=f"of {','.join(PARTS)}; default: all")
     parser.add_argument(

@@ -7,8 +7,10 @@ rounding could have hidden is looked up again, so block, part, dtype and device 
 
 import functools
 import hashlib
+import importlib.util
 import itertools
 import threading
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -429,6 +431,26 @@ def onednn_product() -> Callable[[Tensor, Tensor], Tensor] | None:
     return product
 
 
+@functools.cache
+def kernels_for(device: torch.device) -> Any:
+    """`builders.retrieval_kernels` where Triton is installed and works on the GPU; None elsewhere.
+
+    Triton compiles at first use, for which some machines lack a compiler, and some GPUs are too old.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    if device.index is not None and device.index != torch.cuda.current_device():
+        return None  # Triton starts kernels on the current one
+    try:
+        from builders import retrieval_kernels
+
+        retrieval_kernels.tried(device)
+    except Exception as error:  # whatever Triton raises where it cannot compile
+        warnings.warn(f"retrieval goes on without Triton, more slowly: {error}", stacklevel=2)
+        return None
+    return retrieval_kernels
+
+
 def _check_products(device: torch.device) -> None:
     """Some settings of torch round the factors of float32 products; no bound holds for those.
 
@@ -503,6 +525,7 @@ class _Proposer:
         self.columns = torch.zeros((n, self.room), dtype=torch.int64, device=self.device)
         self.count = torch.zeros(n, dtype=torch.int64, device=self.device)
         self.bar = torch.full((n,), self.error.at(0.0), device=self.device)
+        self.kernels = kernels_for(self.device)
 
     def tiles(self) -> Iterator[slice]:
         """Slices of the queries."""
@@ -570,7 +593,8 @@ class _Proposer:
     def _score_block(self, rows: Tensor, sides: list[Tensor]) -> None:
         def score(tile: slice) -> None:
             image, text = self._cosines(self.asked[tile], sides)
-            self._offer(tile, image.mul_(text), text, rows)
+            if not self.kernels or not self._take_above(tile, image, text, rows):
+                self._offer(tile, image.mul_(text), text, rows)
 
         self.workers.map(score, self.tiles())
 
@@ -614,6 +638,24 @@ class _Proposer:
             who, columns, values = who[sound], columns[sound], values[sound]
         if not self._append(tile, who, rows[columns], values):
             self._merge_best(tile, product, text, rows)
+
+    def _take_above(self, tile: slice, image: Tensor, text: Tensor, rows: Tensor) -> bool:
+        """`_offer` by a kernel that reads the cosines once; False where there is no room: nothing is done."""
+        lists = self.values[tile], self.columns[tile], self.count[tile]
+        slots = torch.arange(self.room, device=self.device)
+        for again in (False, True):
+            before = self.count[tile].clone()
+            self.kernels.take_above(image, text, self.bar[tile], rows, *lists)
+            most, total = torch.stack([self.count[tile].max(), self.count[tile].sum()]).tolist()
+            if most <= self.room:
+                if total > (self.kept + RIPE[self.engine.dtype]) * len(before):
+                    self._compact(tile)
+                return True
+            self.values[tile].masked_fill_(slots >= before[:, None], -1.0)
+            self.count[tile] = before
+            if not again:
+                self._compact(tile)
+        return False
 
     def _append(self, tile: slice, who: Tensor, columns: Tensor, values: Tensor) -> bool:
         """Append to the running lists; False where there is no room, and nothing is done."""

@@ -17,13 +17,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "GROWTH", (300, 600))
 
 
-def test_the_whole_of_cc_3m_is_this_command_in_small(tmp_path: Path) -> None:
+def test_the_whole_of_cc_3m_is_this_command_in_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = benchmark.parse(["--full", "--device", "cuda"])
     assert (arguments.concepts, arguments.pairs, arguments.width) == (15_000, 3_300_000, 768)
     assert arguments.parts == ["speed", "memory"]
     assert arguments.memory == 32_768
     out = tmp_path / "out.json"
-    benchmark.main(["--full", *SMALL, "--out", str(out)])
+    benchmark.main(["--full", *SMALL, "--profile", "--out", str(out)])
+    assert capsys.readouterr().out.count("Self CPU time total") == 2
     rows = json.loads(out.read_text(encoding="utf-8"))
     assert {row["part"] for row in rows} == {"speed", "memory"}
     assert all(row["work"].startswith("40 concepts x 700 pairs x 48") and row["machine"] for row in rows)
