@@ -222,6 +222,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         n_tokens = (arguments.rounds + 1) * arguments.steps * shape["batch"] + HELD_OUT
         prepare(Path(place), shape, n_tokens, arguments.seed)
+        torch.cuda.empty_cache()  # the contenders need it
         workers = race(names, pythons, shape, Path(place), arguments.rounds)
     table = [row | {"machine": machine(arguments.threads)} for row in rows(workers, shape)]
     for row in table:
