@@ -34,6 +34,7 @@ from builders.safety.methods import Arm, build, parse_settings
 from builders.safety.run import Asking, answer_all, cells_of, jobs_of, thinned
 from builders.safety.suites import read_suite
 from builders.tiny import tiny_mllm, train_tokenizer
+from builders.vision import ensure_torchvision
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 TOY = Path(__file__).parents[1] / "builders" / "toyworld" / "weights" / "llava"
@@ -53,6 +54,7 @@ def tiny() -> tuple[Any, Any]:
 
 def shape_7b() -> tuple[Any, Any]:
     """Qwen2.5-VL-7B's shape with random weights; its sizes are those of the released config.json."""
+    ensure_torchvision()
     from transformers import (
         AutoModelForImageTextToText,
         Qwen2_5_VLConfig,
