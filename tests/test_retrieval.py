@@ -235,9 +235,13 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cuda_gives_the_same(dtype: str) -> None:
-    found, expected = looked_up(*made(clip_like), dtype=dtype, device="cuda")
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_gives_the_same(monkeypatch: pytest.MonkeyPatch, kind: Any, dtype: str, triton: bool) -> None:
+    if not triton:
+        monkeypatch.setattr("builders.retrieval.kernels_for", lambda device: None)
+    found, expected = looked_up(*made(kind), dtype=dtype, device="cuda", block=96, tile=3)
     assert rows_of(found) == expected
 
 
