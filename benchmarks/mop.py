@@ -70,6 +70,9 @@ class World(NamedTuple):
     alpha: Tensor
     gram: Tensor
     coarse: Coarse | None
+    D_there: Tensor
+    """Where DACO works, as `gram_there`."""
+    gram_there: Tensor
 
 
 class Turn(NamedTuple):
@@ -109,17 +112,20 @@ def worlds(arguments: argparse.Namespace) -> Iterator[tuple[str, World]]:
     """One after the other: a Gram matrix is 900 MB."""
     n, d = arguments.atoms, arguments.width
     common = normalize(torch.randn(d, generator=torch.Generator().manual_seed(9)), dim=-1)
-    rows, gram, coarse, last = torch.empty(0), torch.empty(0), None, -1.0
+    rows = gram = there = gram_there = torch.empty(0)
+    coarse, last = None, -1.0
     for kind, (share, of_targets) in KINDS.items():
         if share != last:
             rows = draw(n, d, share, common, seed=1)
-            gram, last = rows @ rows.T, share
+            there, last = rows.to(arguments.device), share
+            gram_there = there @ there.T
+            gram = gram_there.cpu()
             coarse = Coarse.of(rows) if arguments.device == "cpu" and usable(rows) else None
         z = 60 * draw(arguments.batch, d, of_targets, common, seed=2)
-        fraction = fraction_for(z[:16], rows, gram, arguments.coefficients)
+        fraction = fraction_for(z[:16].to(there), there, gram_there, arguments.coefficients)
         cosine = float(gram[:500, 500:1000].abs().mean())
         print(f"{kind}: mean |cos| {cosine:.3f}, alpha {fraction:.3f} of the largest", flush=True)
-        yield kind, World(rows, z, products_of(z, rows, fraction), gram, coarse)
+        yield kind, World(rows, z, products_of(z, rows, fraction), gram, coarse, there, gram_there)
 
 
 # The two.
@@ -127,8 +133,8 @@ def worlds(arguments: argparse.Namespace) -> Iterator[tuple[str, World]]:
 
 def daco(world: World, tokens: slice, with_gram: bool, device: str) -> Callable[[], Tensor]:
     """Codes of some tokens, the products with the dictionary included."""
-    D, z, alpha = (part.to(device) for part in (world.D, world.z[tokens], world.alpha[tokens]))
-    gram = world.gram.to(device) if with_gram else None
+    D, gram = world.D_there, world.gram_there if with_gram else None
+    z, alpha = (part.to(device) for part in (world.z[tokens], world.alpha[tokens]))
     return lambda: elastic_net(z, D, alpha, TAU, tol=TOL, gram=gram, coarse=world.coarse).code
 
 
@@ -280,8 +286,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for kind, world in worlds(arguments):
         tried = {batch: best_setting(world, slice(0, arguments.few), batch) for batch in batches}
         settings = {batch: best for batch, (best, _) in tried.items()}
-        for name in VARIANTS:  # once before it counts
-            daco(world, slice(0, arguments.batch), "Gram" in name, arguments.device)()
+        for name in VARIANTS:  # once before it counts, at each size
+            for batch in batches:
+                daco(world, slice(0, batch), "Gram" in name, arguments.device)()
         turns = rounds_of(world, settings, arguments)
         rows += quality_rows(kind, world, settings[1], arguments) + time_rows(kind, settings, turns)
         for batch in batches:

@@ -259,28 +259,43 @@ def _solve_few(
 
     The host waits once for each size: to have less to launch counts more there than to have less to compute.
     """
-    kernels, half, inner = kernels_for(known.D), _half(z), _inner(tol, z.dtype)
-    code, pull = torch.zeros_like(q.value), q.value
-    l1, l2 = penalty.l1.squeeze(-1), penalty.l2.squeeze(-1)
-    for turn, width in enumerate(kernels.WIDTHS[:max_rounds]):
-        strength = penalty.strength(pull)
-        if turn:
-            strength.masked_fill_(code != 0, torch.inf)
-        atoms = strength.topk(width, sorted=False).indices
-        rows = known.D[atoms]
-        G = _gram(rows) if known.gram is None else _block(known.gram, atoms)
-        own, start = q.value.gather(1, atoms), code.gather(1, atoms)
-        c = kernels.solve(G, own, start, l1, l2, half, inner, penalty.non_negative)
-        residual = torch.baddbmm(z[:, None], c[:, None], rows, alpha=-1).squeeze(1)
-        code = torch.zeros_like(code).scatter_(1, atoms, c)
-        pull = torch.addcmul(residual @ known.D.T, penalty.l2, code, value=-1)
-        gap = _certificate(z, residual, code, pull, penalty)
-        missed = gap > tol * half
+    code, pull, gap = torch.zeros_like(q.value), q.value, torch.empty_like(z[:, 0])
+    rows: Tensor | slice = slice(None)
+    for width in kernels_for(known.D).WIDTHS[:max_rounds]:
+        here, some = z[rows], penalty.of(rows)
+        new, pull, gaps = _on_sets(width, here, q.of(rows), known, code[rows], pull, some, tol)
+        code[rows], gap[rows] = new, gaps
+        missed = gaps > tol * _half(here)
         if not missed.any():
             return code, gap
-    rest = missed.nonzero().squeeze(-1)
-    code[rest], gap[rest] = _solve(z[rest], q.of(rest), known, penalty.of(rest), tol, max_rounds)
+        left = missed.nonzero().squeeze(-1)
+        rows, pull = left if isinstance(rows, slice) else rows[left], pull[left]
+    code[rows], gap[rows] = _solve(z[rows], q.of(rows), known, penalty.of(rows), tol, max_rounds)
     return code, gap
+
+
+def _on_sets(
+    width: int,
+    z: Tensor,
+    q: Near,
+    known: _Dictionary,
+    code: Tensor,
+    pull: Tensor,
+    penalty: _Penalty,
+    tol: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, what then pulls, and gaps, from working sets of so many atoms by the GPU's kernel."""
+    strength = penalty.strength(pull).masked_fill_(code != 0, torch.inf)
+    atoms = strength.topk(width, sorted=False).indices
+    rows = known.D[atoms]
+    G = _gram(rows) if known.gram is None else _block(known.gram, atoms)
+    own, start = q.value.gather(1, atoms), code.gather(1, atoms)
+    l1, l2, inner = penalty.l1.squeeze(-1), penalty.l2.squeeze(-1), _inner(tol, z.dtype)
+    c = kernels_for(known.D).solve(G, own, start, l1, l2, _half(z), inner, penalty.non_negative)
+    residual = torch.baddbmm(z[:, None], c[:, None], rows, alpha=-1).squeeze(1)
+    code = torch.zeros_like(code).scatter_(1, atoms, c)
+    pull = torch.addcmul(residual @ known.D.T, penalty.l2, code, value=-1)
+    return code, pull, _certificate(z, residual, code, pull, penalty)
 
 
 @cache
