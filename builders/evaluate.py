@@ -1,7 +1,7 @@
 """Measure what was built: how well the SAEs reconstruct, how links were retrieved, what steering does.
 
-Reads `sae/`, `atoms/`, `directions/`, `polarity/`, `stimuli/`, `corpus/` and the model; writes
-`evaluate/evaluation.json`, where every figure comes with the number of things it was measured on.
+Reads `sae/`, `atoms/`, `directions/`, `recognition/`, `polarity/`, `stimuli/`, `corpus/` and the model;
+writes `evaluate/evaluation.json`, where every figure comes with the number of things it was measured on.
 """
 
 import json
@@ -18,6 +18,7 @@ from builders.activations import Stimulus, linked_stimuli, open_mllm
 from builders.corpus import open_image
 from builders.directions import load_dictionary
 from builders.mllm import chat_inputs
+from builders.names import names_figures
 from builders.splice import Spliced, answered, recovered, splice
 from builders.stages import Work
 from builders.statistics import interval, rate
@@ -204,6 +205,7 @@ def run(work: Work) -> None:
     evaluation = {
         "suites": {},
         "sae": _sae_figures(work.upstream("sae"), dictionary.layers, work.shards()),
+        "names": names_figures(work, dictionary),
         "retrieval": retrieval(work.upstream("stimuli") / "links.parquet"),
         "steering": _steering_figures(work.shards()),
     }

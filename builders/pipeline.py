@@ -43,6 +43,12 @@ STAGES = (
     Stage("polarity", "polarity", ("concepts", "polarity"), ("concepts", "stimuli")),
     Stage("activations", "activations", ("model", "activations"), ("corpus", "stimuli")),
     Stage("directions", "directions", ("activations", "sae"), ("stimuli", "polarity", "activations")),
+    Stage(
+        "recognition",
+        "recognition",
+        ("activations", "sae", "recognition"),
+        ("corpus", "stimuli", "polarity", "activations", "directions"),
+    ),
     Stage("sae", "train_sae", ("activations", "sae"), ("activations", "directions")),
     Stage("atoms", "atoms", ("sae", "atoms"), ("polarity", "activations", "directions", "sae")),
     Stage(
@@ -55,7 +61,7 @@ STAGES = (
         "evaluate",
         "evaluate",
         ("model", "activations", "sae", "atoms", "evaluate"),
-        ("sae", "atoms", "directions", "tune"),
+        ("sae", "atoms", "directions", "recognition", "tune"),
     ),
     Stage("release", "release", tuple(f.name for f in dataclasses.fields(Recipe)), ("tune", "evaluate")),
 )

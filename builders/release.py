@@ -24,10 +24,12 @@ import daco
 from builders.corpus import image_file, read_image, source_facts
 from builders.directions import load_dictionary
 from builders.recipe import Recipe, model_name, public_recipe, repo_name
+from builders.recognition import load_recognisers
 from builders.stages import Work, done
 from builders.steering import TUNING, load_layer, read_tuning, release_setting, steering_config
 from builders.train_sae import threshold_form
 from daco.dictionary import ConceptDictionary
+from daco.dictionary_files import recognition_table, statistics_table
 from daco.errors import DacoError, IntegrityError, RecipeError
 from daco.manifest import (
     FINGERPRINT,
@@ -41,15 +43,18 @@ from daco.manifest import (
     write_atomic,
     write_manifest,
 )
+from daco.recognition import Recogniser
 from daco.sae_files import layer_folder, write_config, write_layer
 from daco.tables import (
     CONCEPTS,
     LINKS,
     MAX_VECTOR_ROWS,
+    RECOGNITION,
     STIMULI,
     directions_schema,
     parquet_writer,
     read_table,
+    statistics_schema,
 )
 
 SHARD_BYTES = 400_000_000
@@ -252,6 +257,18 @@ def directions_split(
     return Split(f"directions_{model}", f"layer_{layer}", schema, tables, len(frame), size, rows)
 
 
+def recognition_splits(dictionary: ConceptDictionary, layer: int, model: str, one: Recogniser) -> list[Split]:
+    """How the readings of one layer vary, and from which score on its concepts are named."""
+    split, d = f"layer_{layer}", dictionary.model.hidden_size
+    table = recognition_table(dictionary.concepts, one)
+    statistics, rows = statistics_table(one), min(MAX_VECTOR_ROWS, max(1, GROUP_BYTES // (4 * d)))
+    parts = (statistics.slice(i, rows) for i in range(0, d, rows))
+    return [
+        table_split(f"recognition_{model}", table, RECOGNITION)._replace(split=split),
+        Split(f"statistics_{model}", split, statistics_schema(d), parts, d, statistics.nbytes, rows),
+    ]
+
+
 def _directions(frame: pd.DataFrame, vectors: Any, schema: pa.Schema) -> pa.Table:
     flat = pa.array(vectors.contiguous().numpy().reshape(-1))
     columns = {name: pa.array(frame[name]) for name in frame.columns}
@@ -299,6 +316,9 @@ def write_dataset(work: Work, folder: Path) -> None:
         directions_split(dictionary, layer, model, facts["n_positive"], facts["n_negative"])
         for layer in dictionary.layers
     ]
+    recognisers = load_recognisers(work.upstream("recognition"))
+    for layer, one in recognisers.items():
+        parts += recognition_splits(dictionary, layer, model, one)
     configs: dict[str, Any] = {}
     for part in work.progress(parts, unit="split"):
         config = configs.setdefault(part.config, {"splits": {}, "columns": part.schema.names})
@@ -309,7 +329,10 @@ def write_dataset(work: Work, folder: Path) -> None:
     counts = {"in": len(ids), "out": stimuli.rows, "skipped": skipped}
     manifest = _manifest(work, folder, "dataset", work.recipe.release.dataset, {"release": counts})
     manifest["configs"] = configs
-    manifest["models"] = {model: {**facts["model"], "layers": dictionary.layers, "R": facts["R"]}}
+    described = {**facts["model"], "layers": dictionary.layers, "R": facts["R"]}
+    if recognisers:
+        described["usual"] = {str(layer): one.usual for layer, one in recognisers.items()}
+    manifest["models"] = {model: described}
     write_manifest(folder, manifest)
 
 

@@ -71,6 +71,36 @@ def rate(outcomes: np.ndarray, seed: int = 0, groups: Sequence[str] | None = Non
     return Interval(mean, min(low, least), max(high, most))
 
 
+def share(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> Interval:
+    """Sum of parts over the sum of wholes, each [items], with an interval over items drawn anew.
+
+    Precision is such a share, of what is right in what was named; where nothing is named, it is NaN. The
+    interval is the hull of the bootstrap's and Wilson's of the sum of wholes, so that it is never empty.
+
+    Args:
+        part: Numbers of each item, none above those of `whole`.
+        whole: Numbers of each item.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: no items, or not as many of both.
+    """
+    if part.ndim != 1 or part.shape != whole.shape or not len(part):
+        raise ValueError(f"expected [items] of both, got {list(part.shape)} and {list(whole.shape)}")
+    if not whole.sum():
+        return Interval(math.nan, math.nan, math.nan)
+    rng, n = np.random.default_rng(seed), len(part)
+    drawn, both = [], np.stack([part, whole], 1).astype(float)
+    while (left := SAMPLES - sum(map(len, drawn))) > 0:
+        rows = rng.integers(n, size=(max(1, min(left, _DRAWN // n)), n))
+        drawn.append(both[rows].sum(1))
+    sums = np.concatenate(drawn)
+    shares, mean = sums[sums[:, 1] > 0], float(part.sum() / whole.sum())
+    low, high = np.percentile(shares[:, 0] / shares[:, 1], [2.5, 97.5])
+    least, most = _wilson(mean, float(whole.sum()))
+    return Interval(mean, min(float(low), least), max(float(high), most))
+
+
 def paired(
     outcomes: np.ndarray, against: np.ndarray, seed: int = 0, groups: Sequence[str] | None = None
 ) -> Interval:

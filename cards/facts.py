@@ -34,8 +34,16 @@ CONFIG_NOTES = {
     "links": "one row per concept and stimulus: positives with their rank and distance, negatives",
     "concepts": "one row per concept, in dictionary order",
     "directions": "one row per concept, one split per layer: the concept's raw direction",
+    "recognition": "one row per concept, one split per layer: from which score on it is named, how rightly",
+    "statistics": "one row per dimension, one split per layer: mean and inverse covariance of readings",
 }
-"""What a row of each config is; `directions_<model>` share one note."""
+"""What a row of each config is; `directions_<model>` and the like share one note."""
+
+OF_MODEL = ("directions", "recognition", "statistics")
+"""Configs that there are for each model."""
+
+LOADED = ("stimuli", "links", "concepts", "directions")
+"""Configs that the quick start loads."""
 
 BASE_KEYS = ("id", "revision", "model_type", "hidden_size", "n_layers")
 """What is said of a model, in a manifest's `models` and a config's `base_model`."""
@@ -50,6 +58,7 @@ UNITS = {
     "activations": "stimuli",
     "tokens": "tokens",
     "directions": "links",
+    "recognition": "concepts, a layer",
     "sae": "tokens",
     "atoms": "atoms",
     "tune": "validation items",
@@ -62,6 +71,11 @@ OF_MODELS = ("tokens", "sae", "atoms", "tune", "evaluate")
 """Stages that a dataset does not depend on."""
 
 EVALUATION_NOTES = {
+    "chance": "share of all concepts that a caption names",
+    "precision": "share of the names given by `ConceptDictionary.recognise` that the caption says",
+    "recall": "share of what captions name that it gives",
+    "atoms_precision": "the same of the concepts nearest to the atoms that fire at the same token",
+    "atoms_recall": "likewise; an atom's name says which side it takes, hardly what is shown",
     "fve": "variance explained on held-out tokens",
     "fve_at_start": "the same before training",
     "l0": "atoms active per token",
@@ -78,7 +92,7 @@ EVALUATION_NOTES = {
 }
 """What the figures of an evaluation are."""
 
-ROWS_ARE = {"sae": "layer", "layers": "layer", "steering": "method", "retrieval": "links"}
+ROWS_ARE = {"names": "layer", "sae": "layer", "layers": "layer", "steering": "method", "retrieval": "links"}
 """What a row of each section of an evaluation is."""
 
 SAMPLES = 3
@@ -216,6 +230,7 @@ def _dataset(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]
         "polarities": _value_counts(folder, manifest, "concepts", "polarity"),
         "roles": _value_counts(folder, manifest, "links", "role"),
         "samples": _sample_concepts(folder, manifest),
+        "recognition": list(_recognition(folder, manifest)),
         "metadata": _dataset_metadata(folder, manifest, facts),
     }
 
@@ -227,10 +242,10 @@ def _config_order(configs: Mapping[str, Any]) -> list[str]:
 
 
 def _config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    kind = "directions" if name.startswith("directions_") else name
+    kind = next((one for one in OF_MODEL if name.startswith(f"{one}_")), name)
     return {
         "name": name,
-        "kind": kind if kind in CONFIG_NOTES else "",
+        "kind": kind if kind in LOADED else "",
         "note": CONFIG_NOTES.get(kind, ""),
         "splits": {split: part["rows"] for split, part in sorted(config["splits"].items(), key=_split_key)},
         "columns": list(config.get("columns", ())),
@@ -259,6 +274,18 @@ def _value_counts(folder: Path, manifest: Mapping[str, Any], config: str, column
         for row in counted.to_pylist():
             total[row["values"]] = total.get(row["values"], 0) + row["counts"]
     return dict(sorted(total.items()))
+
+
+def _recognition(folder: Path, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of each model and layer: how many concepts can be named, and how often rightly."""
+    for model in sorted(manifest["models"]):
+        splits = manifest["configs"].get(f"recognition_{model}", {}).get("splits", {})
+        for split, part in sorted(splits.items(), key=_split_key):
+            columns = ["threshold", "precision", "recall"]
+            table = pa.concat_tables(pq.read_table(folder / path, columns=columns) for path in part["files"])
+            row = {"model": model, "layer": split.removeprefix("layer_"), "concepts": table.num_rows}
+            row["named"] = table.num_rows - table["threshold"].null_count
+            yield row | {name: pc.mean(table[name]).as_py() for name in columns[1:]}
 
 
 def _sample_concepts(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -54,6 +54,7 @@ STAGES = {
     "polarity": "words given a label",
     "activations": "pictures that some word was linked to, read by the steered model",
     "directions": "links between a word and a picture, averaged into directions",
+    "recognition": "words, a layer, that can be told from an inner state often enough to be named",
     "sae": "inner states to learn from, a layer; some are held out to measure on",
     "atoms": "atoms of all layers; the others point to neither side",
     "tune": "settings tried in this run (0: the recipe gives them; those of the table were chosen before)",

@@ -20,6 +20,7 @@ from daco.dictionary_edit import Diff, Merged
 from daco.dictionary_files import read_dictionary, write_dictionary
 from daco.errors import FormatError, UnknownConceptError, UnknownLayerError
 from daco.load import resolve
+from daco.recognition import Recogniser, recognise
 from daco.sites import ModelFacts
 from daco.tables import POLARITIES
 
@@ -47,6 +48,8 @@ class ConceptDictionary:
     """By layer: median norm of unmasked tokens; the unit of steering strengths."""
     baseline: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """By layer: mean reading of negatives `[d_model]`; empty where the release does not hold it."""
+    recognisers: dict[int, Recogniser] = field(default_factory=dict, repr=False)
+    """By layer: how readings vary, for `recognise`; empty where the release does not hold it."""
     reading: str = "last"
     """Where in the prompt stimuli were read."""
     sources: list[dict[str, str]] = field(default_factory=list)
@@ -71,6 +74,12 @@ class ConceptDictionary:
             if tuple(row.shape) != expected[1:] or not bool(row.isfinite().all()):
                 raise FormatError(
                     f"baseline, layer {layer}: expected {expected[1]} finite numbers, got others"
+                )
+        for layer, one in self.recognisers.items():
+            if (len(one.concepts), len(one.mean)) != expected:
+                raise FormatError(
+                    f"recognition, layer {layer}: expected {expected[0]} concepts and width {expected[1]}, "
+                    f"got {len(one.concepts)} and {len(one.mean)}"
                 )
 
     def __len__(self) -> int:
@@ -316,6 +325,41 @@ class ConceptDictionary:
 
         return read_stimuli(self, model, processor, captions, images, base_model_ok, batch)
 
+    def recognise(
+        self, readings: Mapping[int, Tensor], n: int | None = None, *, unusual_ok: bool = False
+    ) -> pd.DataFrame:
+        """Which concepts readings show, as far as they are like the stimuli this dictionary was read from.
+
+        An atom's name says which side it takes, not what is shown. This reads directions over the covariance
+        of readings (Fisher's discriminant), and names a concept from the score on at which the name was right
+        as often as the recipe asked for (by default half the time) among training stimuli left out in turn.
+        That holds for captioned pictures like those: a reading that is farther from them than 99 % of them
+        is named nothing, which `notes` say. A prompt of another kind, say a question, often is.
+
+        Args:
+            readings: By layer: `[n_readings, d_model]`, as `read` returns. Each layer is read by itself.
+            n: Concepts a reading and layer, at most; None is all.
+            unusual_ok: Name what far readings show, too.
+
+        Returns:
+            One row a reading, layer and concept named, the most certain first: reading (its number), layer,
+            concept_id, concept, polarity; score, in standard deviations above an average reading; threshold;
+            precision, how often the name was right. `attrs["notes"]`: a text for each reading that was not
+            usual.
+
+        Raises:
+            FormatError: the release does not hold how readings vary.
+            UnknownLayerError: a layer for which it does not.
+            ModelMismatchError: readings of another width.
+            ActivationError: a reading is NaN or infinite.
+            ValueError: `n` is below 1.
+
+        Example:
+            >>> readings = dictionary.read(model, processor, captions, images)  # doctest: +SKIP
+            >>> dictionary.recognise(readings, n=5)  # doctest: +SKIP
+        """
+        return recognise(self, readings, n, unusual_ok)
+
     def extend(
         self,
         concept: str,
@@ -330,7 +374,8 @@ class ConceptDictionary:
         """This dictionary with one concept more, from the readings of a handful of stimuli: no rebuild.
 
         Its direction is the mean of the positives minus the mean of the negatives, or minus `baseline`, the
-        mean of the negatives that the dictionary was built with.
+        mean of the negatives that the dictionary was built with. `recognise` scores it and never names it: a
+        handful of stimuli does not tell from which score on it is shown.
 
         Args:
             concept: Its name.

@@ -22,6 +22,7 @@ from daco.errors import (
     UnknownConceptError,
     UnknownLayerError,
 )
+from daco.recognition import Recogniser, measured
 from daco.tables import CONCEPTS, POLARITIES
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ def rows_of(dictionary: "ConceptDictionary", rows: Any, layers: Collection[int])
         vectors={layer: dictionary.vectors[layer][index] for layer in sorted(layers)},
         R={layer: dictionary.R[layer] for layer in sorted(layers)},
         baseline={layer: row for layer, row in dictionary.baseline.items() if layer in layers},
+        recognisers={
+            layer: one.rows(index.numpy()) for layer, one in dictionary.recognisers.items() if layer in layers
+        },
     )
 
 
@@ -137,7 +141,8 @@ def extend(
         vectors[layer] = torch.cat([dictionary.vectors[layer], direction[None]])
     row |= {"rank": len(dictionary), "n_positive": min(counts)}
     table = pd.concat([dictionary.concepts, pd.DataFrame([row])], ignore_index=True)
-    return dataclasses.replace(dictionary, concepts=_typed(table), vectors=vectors)
+    recognisers = {layer: one.grown(vectors[layer][-1:]) for layer, one in dictionary.recognisers.items()}
+    return dataclasses.replace(dictionary, concepts=_typed(table), vectors=vectors, recognisers=recognisers)
 
 
 def slug(text: str) -> str:
@@ -221,10 +226,16 @@ def merge(ours: "ConceptDictionary", theirs: "ConceptDictionary", on_conflict: s
         table, vectors = _replaced(table, vectors, mine, rows_of(theirs, other, layers))
     new = rows_of(theirs, np.setdiff1d(np.arange(len(theirs)), other), layers)
     table = pd.concat([table, new.concepts], ignore_index=True)
+    vectors = {layer: torch.cat([vectors[layer], new.vectors[layer]]) for layer in layers}
+    taken = mine if on_conflict == "theirs" else mine[:0]
     merged = dataclasses.replace(
         a,
         concepts=_typed(table.assign(rank=np.arange(len(table)))),
-        vectors={layer: torch.cat([vectors[layer], new.vectors[layer]]) for layer in layers},
+        vectors=vectors,
+        recognisers={
+            layer: _recogniser(one, theirs.recognisers.get(layer), taken, other, len(new), vectors[layer])
+            for layer, one in a.recognisers.items()
+        },
         baseline=a.baseline or {layer: row for layer, row in theirs.baseline.items() if layer in layers},
         sources=[*ours.sources, *(source for source in theirs.sources if source not in ours.sources)],
     )
@@ -311,6 +322,26 @@ def _replaced(
     keep = np.setdiff1d(np.arange(len(table)), mine)
     parts = [table.iloc[keep].set_axis(keep), theirs.concepts.set_axis(mine)]
     return pd.concat(parts).sort_index(), changed
+
+
+def _recogniser(
+    ours: Recogniser, theirs: Recogniser | None, mine: Any, other: Any, n_new: int, vectors: Tensor
+) -> Recogniser:
+    """Ours, with rows `mine` and the new ones behind as the other dictionary has them.
+
+    Its thresholds hold where its readings vary as ours do; else its concepts have scores and none.
+    """
+    own = len(ours.concepts)
+    found = ours.grown(vectors[own:]) if n_new else ours
+    table = found.concepts.copy()
+    at = np.concatenate([mine, np.arange(own, own + n_new)]).astype(np.int64)
+    if theirs is not None and ours.same_scale(theirs):
+        new = np.setdiff1d(np.arange(len(theirs.concepts)), other)
+        source = theirs.concepts.iloc[np.concatenate([other[: len(mine)], new]).astype(np.int64)]
+    else:
+        source = ours.rows([]).grown(vectors[torch.as_tensor(at)]).concepts
+    table.iloc[at] = source.to_numpy()
+    return dataclasses.replace(found, concepts=measured(table))
 
 
 # What tells two apart.

@@ -1,6 +1,7 @@
 """The files of a dictionary: reads them from a dataset release, writes them as a release folder of their own.
 
-Reads and writes `data/{concepts,directions_<model>,baseline_<model>}/*.parquet` and `manifest.json`.
+Reads and writes `data/<config>/*.parquet` of configs `concepts`, `directions_<model>` and, where there are,
+`baseline_<model>`, `recognition_<model>` and `statistics_<model>`, and `manifest.json`.
 """
 
 import re
@@ -18,8 +19,16 @@ from torch import Tensor
 from daco.errors import ArtefactNotFoundError, FormatError, UnknownLayerError
 from daco.load import Snapshot
 from daco.manifest import FORMAT_VERSION, MODEL_KEYS, file_entry, write_manifest
+from daco.recognition import MEASURED, Recogniser, measured
 from daco.sites import ModelFacts
-from daco.tables import CONCEPTS, directions_schema, read_table, write_table
+from daco.tables import (
+    CONCEPTS,
+    RECOGNITION,
+    directions_schema,
+    read_table,
+    statistics_schema,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from daco.dictionary import ConceptDictionary
@@ -49,12 +58,14 @@ def read_dictionary(snapshot: Snapshot, model: str | None, layers: Collection[in
     ids, width = concepts["concept_id"].tolist(), model_facts.hidden_size
     wanted = _chosen(facts["layers"], layers, snapshot.name)
     baseline = _baseline(snapshot, name, width)
+    recognised = [layer for layer in wanted if str(layer) in facts.get("usual", {})]
     return {
         "concepts": concepts,
         "vectors": {layer: _vectors(snapshot, name, layer, ids, width) for layer in wanted},
         "model": model_facts,
         "R": {layer: float(facts["R"][str(layer)]) for layer in wanted},
         "baseline": {layer: row for layer, row in baseline.items() if layer in wanted},
+        "recognisers": {layer: _recogniser(snapshot, name, layer, ids, width) for layer in recognised},
         "reading": _reading(snapshot.manifest),
         "sources": [_source(snapshot)],
         "licences": list(snapshot.manifest["sources"]),
@@ -122,6 +133,23 @@ def _baseline(snapshot: Snapshot, name: str, d_model: int) -> dict[int, Tensor]:
     return dict(zip(table.column("layer").to_pylist(), _rows(table, d_model), strict=True))
 
 
+def _recogniser(snapshot: Snapshot, name: str, layer: int, ids: list[str], d_model: int) -> Recogniser:
+    """How the readings of a layer vary, and the thresholds of its concepts."""
+    split = f"layer_{layer}"
+    table = _read(snapshot, f"recognition_{name}", split, RECOGNITION)
+    if table.column("concept_id").to_pylist() != ids:
+        raise FormatError(f"recognition_{name}/{split}: expected the rows of `concepts` in order, got others")
+    statistics = _read(snapshot, f"statistics_{name}", split, statistics_schema(d_model))
+    if statistics.column("dimension").to_pylist() != list(range(d_model)):
+        raise FormatError(f"statistics_{name}/{split}: expected dimensions 0 to {d_model - 1}, got others")
+    return Recogniser(
+        mean=torch.from_numpy(statistics.column("mean").to_numpy().copy()),
+        inverse=_rows(statistics, d_model),
+        concepts=measured(table.select(MEASURED).to_pandas()),
+        usual=float(snapshot.manifest["models"][name]["usual"][str(layer)]),
+    )
+
+
 # Writing.
 
 
@@ -147,8 +175,27 @@ def write_dictionary(
         tables[f"directions_{model}", f"layer_{layer}"] = pa.table(columns, schema=directions_schema(width))
     if dictionary.baseline:
         tables[f"baseline_{model}", "train"] = baseline_table(dictionary.baseline, None)
+    for layer, one in sorted(dictionary.recognisers.items()):
+        tables[f"recognition_{model}", f"layer_{layer}"] = recognition_table(dictionary.concepts, one)
+        tables[f"statistics_{model}", f"layer_{layer}"] = statistics_table(one)
     configs, files = _write_tables(folder, tables)
     write_manifest(folder, _manifest(dictionary, name, model, version, configs, files))
+
+
+def recognition_table(concepts: pd.DataFrame, one: Recogniser) -> pa.Table:
+    """The rows of a split of config `recognition_<model>`; what is not known is null."""
+    frame = pd.concat([concepts[["concept_id", "concept"]], one.concepts], axis=1)
+    return pa.Table.from_pandas(frame, schema=RECOGNITION, preserve_index=False)
+
+
+def statistics_table(one: Recogniser) -> pa.Table:
+    """The rows of a split of config `statistics_<model>`."""
+    columns = {
+        "dimension": pa.array(range(len(one.mean)), pa.int32()),
+        "mean": pa.array(one.mean.float().numpy()),
+        "vector": vector_column(one.inverse.float()),
+    }
+    return pa.table(columns, schema=statistics_schema(len(one.mean)))
 
 
 def vector_column(rows: Tensor) -> pa.FixedSizeListArray:
@@ -196,6 +243,8 @@ def _manifest(
 
     facts = asdict(dictionary.model) | {"layers": dictionary.layers}
     facts["R"] = {str(layer): dictionary.R[layer] for layer in dictionary.layers}
+    if dictionary.recognisers:
+        facts["usual"] = {str(layer): one.usual for layer, one in dictionary.recognisers.items()}
     return {
         "format_version": FORMAT_VERSION,
         "kind": "dataset",

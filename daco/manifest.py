@@ -15,7 +15,7 @@ from typing import Any
 from daco.errors import FormatError, FormatTooNewError, IntegrityError
 from daco.fingerprint import broken_fingerprint
 
-FORMAT_VERSION = "1.2.0"
+FORMAT_VERSION = "1.3.0"
 """Semver of the layout of releases; a reader refuses a newer major."""
 
 MANIFEST = "manifest.json"
@@ -224,6 +224,13 @@ def _broken_models(models: object) -> list[str]:
             or not all(_is_number(value) and value > 0 for value in R.values())
         ):
             found.append(f"{where}: expected R as a number above 0 for each of layers {layers}, got {R!r}")
+        usual = facts.get("usual", {})
+        if not found and (
+            not isinstance(usual, Mapping)
+            or not set(usual) <= {str(layer) for layer in layers}  # type: ignore[union-attr]
+            or not all(_is_number(value) and value > 0 for value in usual.values())
+        ):
+            found.append(f"{where}: expected usual as numbers above 0 of some layers {layers}, got {usual!r}")
         broken += found
     return broken
 

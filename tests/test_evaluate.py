@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_run import LAYERS, Killed, digests, opened, small_recipe, write_corpus, write_links, write_polarity
 
-from builders import activations, atoms, directions, splice, train_sae
+from builders import activations, atoms, directions, recognition, splice, train_sae
 from builders import evaluate as stage
 from builders.activations import linked_stimuli, open_mllm
 from builders.corpus import open_image
@@ -88,7 +88,7 @@ def stages(tmp_path_factory):
     write_corpus(out)
     write_links(out)
     write_polarity(out)
-    for module in (activations, directions, train_sae, atoms):
+    for module in (activations, directions, recognition, train_sae, atoms):
         name = {"builders.train_sae": "sae"}.get(module.__name__, module.__name__.split(".")[-1])
         module.run(opened(small_recipe(**SECTIONS), out, name))
     return out
@@ -108,7 +108,7 @@ def run(out, killed_at=None, **evaluate):
 
 def test_evaluation_has_every_section_with_its_numbers(upstream):
     found = run(upstream)
-    assert set(found) == {"suites", "sae", "retrieval", "steering"}
+    assert set(found) == {"suites", "sae", "names", "retrieval", "steering"}
     held = [s for s in linked(upstream) if held_out(s.stimulus_id, 0.4)]
     assert len(held) > 7
     assert set(found["steering"]) == {"none", "actadd", "mop", "daco"}

@@ -29,7 +29,7 @@ from small_run import (
     write_sae,
 )
 
-from builders import atoms, release
+from builders import atoms, recognition, release
 from builders.recipe import model_name
 from daco import ConceptDictionary, ModelFacts, SteeringSAE
 from daco.errors import IntegrityError, RecipeError
@@ -48,6 +48,7 @@ def stages(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     for write in (write_corpus, write_links, write_polarity, write_activations, write_directions, write_sae):
         write(out)
+    recognition.run(opened(small_recipe(sae={"holdout": 0.3}), out, "recognition"))
     atoms.run(opened(small_recipe(sae={"holdout": 0.3}), out, "atoms"))
     work = opened(small_recipe(), out, "evaluate")
     (work.folder / "evaluation.json").write_text(json.dumps(EVALUATION))
@@ -98,6 +99,8 @@ def test_dataset_has_the_rows_of_its_stages(upstream):
         "links": {"train": 66},
         "concepts": {"train": 11},
         "directions_toy": {"layer_1": 11, "layer_2": 11},
+        "recognition_toy": {"layer_1": 11, "layer_2": 11},
+        "statistics_toy": {"layer_1": 32, "layer_2": 32},
     }
     stimuli = pq.read_table(folder / "data" / "stimuli" / "train-00000-of-00001.parquet")
     corpus = pq.read_table(upstream / "corpus" / "stimuli.parquet").to_pylist()
@@ -117,7 +120,8 @@ def test_manifest_tells_the_whole_story(upstream):
     manifest = read_manifest(folder)
     assert (manifest["name"], manifest["version"], manifest["seeds"]) == ("DACO-small", "1.2.3", {"run": 0})
     assert [source["licence"] for source in manifest["sources"]] == ["cc0-1.0"]
-    stages = {"corpus", "stimuli", "polarity", "activations", "directions", "sae", "atoms", "evaluate"}
+    stages = {"corpus", "stimuli", "polarity", "activations", "directions", "recognition", "sae"}
+    stages |= {"atoms", "evaluate"}
     assert set(manifest["counts"]) == stages | {"tokens", "release"}
     counts = manifest["counts"]["release"]
     assert counts["in"] == 29 == counts["out"] + counts["skipped"]["not_linked"]

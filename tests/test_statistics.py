@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from builders.statistics import interval, paired, rate
+from builders.statistics import interval, paired, rate, share
 
 
 def test_a_rate_is_inside_its_interval_which_narrows_with_items() -> None:
@@ -210,3 +210,27 @@ def test_the_same_seed_gives_the_same_table() -> None:
 
     assert table(3) == table(3)
     assert table(3) != table(4)
+
+
+def test_a_share_is_of_sums_and_its_interval_holds_the_truth() -> None:
+    draw = np.random.default_rng(5)
+    held = 0
+    for seed in range(200):
+        whole = draw.poisson(5, size=120)
+        part = draw.binomial(whole, 0.4)
+        found = share(part, whole, seed)
+        assert found.mean == pytest.approx(part.sum() / whole.sum())
+        held += found.low <= 0.4 <= found.high
+    assert held >= 182  # 95 % of 200 is 190, two standard deviations 6
+    assert 0.05 < found.high - found.low < 0.12
+    assert found == share(part, whole, seed)
+
+
+def test_a_share_of_nothing_is_none_and_of_other_items_an_error() -> None:
+    assert np.isnan(share(np.zeros(3), np.zeros(3))).all()
+    found = share(np.array([0, 2]), np.array([0, 2]))
+    assert (found.mean, found.high) == pytest.approx((1, 1))
+    assert found.low == pytest.approx(1 / (1 + 1.959964**2 / 2))  # never certain
+    for part, whole in ((np.zeros(0), np.zeros(0)), (np.zeros(3), np.zeros(2)), (np.zeros((2, 2)),) * 2):
+        with pytest.raises(ValueError, match="expected \\[items\\] of both"):
+            share(part, whole)

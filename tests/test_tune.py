@@ -21,7 +21,7 @@ from small_run import (
     write_polarity,
 )
 
-from builders import activations, atoms, directions, judge, pipeline, release, train_sae, tune
+from builders import activations, atoms, directions, judge, pipeline, recognition, release, train_sae, tune
 from builders.judge import Item, Questions, Verdict
 from builders.recipe import TuneConfig, recipe_of
 from builders.steering import Setting, load_steering, own_setting, release_setting
@@ -202,7 +202,7 @@ def stages(tmp_path_factory):
     write_corpus(out)
     write_links(out)
     write_polarity(out)
-    for module in (activations, directions, train_sae, atoms):
+    for module in (activations, directions, recognition, train_sae, atoms):
         name = {"builders.train_sae": "sae"}.get(module.__name__, module.__name__.split(".")[-1])
         module.run(opened(small_recipe(**SECTIONS), out, name))
     return out

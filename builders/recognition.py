@@ -1,0 +1,492 @@
+"""From which score on a concept counts as shown: the covariance of readings, and a threshold of each concept.
+
+Reads `corpus/` (captions), `stimuli/links.parquet`, `polarity/concepts.parquet`, `directions/` and readings
+of `activations/`; writes `recognition/facts.json` and, in a shard a layer, `statistics.safetensors` (`mean`,
+`inverse`, and `directions` without held-out stimuli), `concepts.parquet` and `facts.json`. What is held out
+of SAE training (by `sae.holdout`) is held out here too, for the evaluation.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from builders.directions import contrast, load_dictionary, with_readings
+from builders.stages import Work, writing
+from builders.tokens import held_out, read_facts
+from daco.dictionary import ConceptDictionary
+from daco.dictionary_files import recognition_table
+from daco.errors import ActivationError
+from daco.manifest import canonical_json, write_atomic
+from daco.recognition import MEASURED, Recogniser, measured, spreads
+from daco.tables import LINKS, RECOGNITION, read_table, write_table
+
+STEP, N_STEPS = 1 / 32, 1_024
+"""Thresholds are multiples of STEP below N_STEPS * STEP; which of them is best is counted, not sorted."""
+
+MIN_RIGHT = 3
+"""Left-out stimuli that a name must be right of, at least."""
+
+USUAL = 0.99
+"""Share of the left-out stimuli whose distance is usual."""
+
+BLOCK = 1_024
+"""Stimuli scored at a time."""
+
+HELD = -1
+"""Part of the stimuli that are held out; those of the others are 0, 1, ..."""
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+# What captions say.
+
+
+class Said:
+    """Finds which concepts captions name, word by word as they are written.
+
+    Args:
+        concepts: Names; `fire_alarm` and `Fire alarm` are the same.
+    """
+
+    def __init__(self, concepts: Sequence[str]) -> None:
+        self.numbers: dict[tuple[str, ...], list[int]] = {}
+        for number, concept in enumerate(concepts):
+            if words := _words(concept):
+                self.numbers.setdefault(words, []).append(number)
+        self.longest = max(map(len, self.numbers), default=0)
+
+    def of(self, caption: str) -> set[int]:
+        """Numbers of the concepts that a caption names."""
+        words = _words(caption)
+        spans = (words[i : i + n] for n in range(1, self.longest + 1) for i in range(len(words) - n + 1))
+        return {number for span in spans for number in self.numbers.get(span, ())}
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text.casefold()))
+
+
+# How readings vary.
+
+
+class Moments(NamedTuple):
+    """Sums over readings about a fixed point near their mean."""
+
+    n: int
+    """How many."""
+    total: Tensor
+    """[d] float64, sum."""
+    scatter: Tensor
+    """[d, d] float64, sum of outer products."""
+    fourth: float
+    """Sum of the fourth powers of their norms."""
+
+    def plus(self, other: "Moments", sign: int = 1) -> "Moments":
+        """Of both together, or without the other's."""
+        return Moments(*(a + sign * b for a, b in zip(self, other, strict=True)))
+
+
+def moments(z: Tensor, about: Tensor) -> Moments:
+    """Of readings `[n, d]` about a point `[d]`."""
+    x = z.double() - about
+    return Moments(len(x), x.sum(0), x.T @ x, float((x * x).sum(1).square().sum()))
+
+
+class Shrunk(NamedTuple):
+    """Statistics that recognition rests on."""
+
+    mean: Tensor
+    """[d] float64."""
+    inverse: Tensor
+    """[d, d] float64, of the shrunk covariance."""
+    shrinkage: float
+    """Share of the covariance that is its mean variance in all directions."""
+
+
+def shrunk(sums: Moments, about: Tensor) -> Shrunk:
+    """Mean and inverse covariance, shrunk by Ledoit and Wolf's rule so that the error is expected least.
+
+    scikit-learn's `ledoit_wolf` gives the same from all readings at once, which do not fit at full size.
+
+    Args:
+        sums: Of at least two readings.
+        about: The point they are about.
+
+    Raises:
+        ActivationError: fewer than two readings, or they are all alike or not finite.
+
+    Source: Ledoit and Wolf, Journal of Multivariate Analysis 88 (2004).
+    """
+    if sums.n < 2:
+        raise ActivationError(
+            f"expected at least 2 readings to tell how they vary, got {sums.n}; "
+            "add stimuli, or set recognition.min_precision = 0"
+        )
+    mean, d = sums.total / sums.n, len(sums.total)
+    covariance = sums.scatter / sums.n - mean.outer(mean)
+    size, variance = float((covariance**2).sum()), float(covariance.trace()) / d
+    noise, apart = (sums.fourth / sums.n - size) / (d * sums.n), size / d - variance**2
+    share = min(1.0, max(0.0, noise / apart)) if apart > 0 else 1.0
+    covariance = (1 - share) * covariance + share * variance * torch.eye(d, dtype=torch.float64)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed or not bool(factor.isfinite().all()):
+        raise ActivationError(
+            f"expected readings that differ, got {sums.n} of variance {variance:.3g}; add stimuli, or set "
+            "recognition.min_precision = 0"
+        )
+    return Shrunk(about + mean, torch.cholesky_inverse(factor), share)
+
+
+# Readings on disk, and what their stimuli show.
+
+
+def part_of(stimulus_id: str, holdout: float, folds: int) -> int:
+    """The part a stimulus belongs to, a function of its id alone: HELD, or a fold."""
+    if held_out(stimulus_id, holdout):
+        return HELD
+    digest = hashlib.sha256(f"recognition fold\0{stimulus_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % folds
+
+
+class Readings:
+    """Readings of one layer, read from disk a shard at a time.
+
+    Args:
+        shards: Folders of the activations stage that hold readings.
+        position: Of the layer among the stage's.
+        part: [n] the part of each reading's stimulus.
+    """
+
+    def __init__(self, shards: Sequence[Path], position: int, part: np.ndarray) -> None:
+        self.shards, self.position, self.part = shards, position, part
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first reading, readings [n, 1, d]) of every shard, as `contrast` takes them."""
+        start = 0
+        for shard in self.shards:
+            with safe_open(shard / "readings.safetensors", "pt") as file:
+                z = file.get_slice("readings")[:, self.position : self.position + 1]
+            yield start, z
+            start += len(z)
+
+    def of(self, *parts: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """(numbers [n], readings [n, d]) of the stimuli of these parts, at most BLOCK at a time."""
+        for start, z in self.blocks():
+            inside = np.flatnonzero(np.isin(self.part[start : start + len(z)], parts))
+            for first in range(0, len(inside), BLOCK):
+                rows = inside[first : first + BLOCK]
+                yield start + rows, z[torch.from_numpy(rows), 0]
+
+
+class Shown(NamedTuple):
+    """Which concepts each stimulus shows."""
+
+    ends: np.ndarray
+    """[n] end of each stimulus's own within `concepts`."""
+    concepts: np.ndarray
+    """Numbers of concepts, a stimulus after the other."""
+
+    @classmethod
+    def of(cls, each: Sequence[set[int]]) -> "Shown":
+        """Of one set a stimulus."""
+        ends = np.cumsum([len(one) for one in each], dtype=np.int64)
+        flat = [number for one in each for number in sorted(one)]
+        return cls(ends, np.array(flat, dtype=np.int64))
+
+    def matrix(self, rows: np.ndarray, n_concepts: int) -> Tensor:
+        """[len(rows), n_concepts] bool, of these stimuli."""
+        found = torch.zeros(len(rows), n_concepts, dtype=torch.bool)
+        for at, row in enumerate(rows.tolist()):
+            found[at, self.concepts[self.ends[row - 1] if row else 0 : self.ends[row]]] = True
+        return found
+
+
+def directions_of(
+    readings: Readings, links: pd.DataFrame, concept_ids: Sequence[str], ids: Sequence[str], parts: set[int]
+) -> Tensor:
+    """Directions from the stimuli of some parts alone, [n_concepts, d] float32; zero where those do not do.
+
+    Args:
+        readings: Of the layer.
+        links: Columns concept_id, stimulus_id, role, part.
+        concept_ids: The dictionary's, in order.
+        ids: Stimulus of each reading.
+        parts: Those whose stimuli count.
+    """
+    links = links[links["part"].isin(parts) & links["stimulus_id"].isin(ids)]
+    both = links.groupby("concept_id")["role"].nunique() == 2
+    have = [i for i, concept_id in enumerate(concept_ids) if both.get(concept_id, False)]
+    width = next(readings.blocks())[1].shape[-1]
+    found = torch.zeros(len(concept_ids), width)
+    if have:
+        chosen = [concept_ids[i] for i in have]
+        found[have] = contrast(chosen, links, ids, readings.blocks()).directions[0]
+    return found
+
+
+# From which score on.
+
+
+class Counts:
+    """Left-out stimuli by their scores: of each concept, how many reach each step, and how many show it.
+
+    Args:
+        n_concepts: Rows.
+    """
+
+    def __init__(self, n_concepts: int) -> None:
+        self.named, self.right = (torch.zeros(n_concepts, N_STEPS, dtype=torch.int64) for _ in range(2))
+        self.shown = torch.zeros(n_concepts, dtype=torch.int64)
+
+    def add(self, scores: Tensor, shown: Tensor) -> None:
+        """Count stimuli: scores [n, n_concepts], NaN where there is none, and which they show, bool."""
+        there = scores.isfinite()
+        step = (torch.nan_to_num(scores) / STEP).floor().long().clamp(max=N_STEPS - 1)
+        place = step + N_STEPS * torch.arange(scores.shape[1])
+        counted = there & (step >= 0)
+        for total, which in ((self.named, counted), (self.right, counted & shown)):
+            total += place[which].bincount(minlength=total.numel()).view_as(total)
+        self.shown += (there & shown).sum(0)
+
+    def thresholds(self, min_precision: float) -> pd.DataFrame:
+        """The lowest score of each concept from which on the name is right often enough.
+
+        Args:
+            min_precision: Share of the stimuli named that must show the concept.
+
+        Returns:
+            Columns threshold (NaN: no score does), n_shown, precision and recall at the threshold.
+        """
+        named, right = (total.flip(1).cumsum(1).flip(1) for total in (self.named, self.right))
+        enough = (right >= MIN_RIGHT) & (right.double() >= min_precision * named.double())
+        lowest = enough.int().argmax(1)
+        ever, rows = enough.any(1), torch.arange(len(enough))
+        right_at, named_at = right[rows, lowest].double(), named[rows, lowest].double()
+        found = {
+            "threshold": lowest * STEP,
+            "precision": right_at / named_at,
+            "recall": right_at / self.shown,
+        }
+        known = {name: torch.where(ever, value.double(), torch.nan).numpy() for name, value in found.items()}
+        return pd.DataFrame(known | {"n_shown": self.shown.numpy()})
+
+
+class Calibrated(NamedTuple):
+    """What the stage finds of one layer."""
+
+    recogniser: Recogniser
+    """For the dictionary's own directions."""
+    directions: Tensor
+    """[n_concepts, d], those without held-out stimuli."""
+    shrinkage: float
+    """See `Shrunk`."""
+    n: int
+    """Readings it rests on."""
+
+
+def calibrate(
+    readings: Readings,
+    shown: Shown,
+    links: pd.DataFrame,
+    concept_ids: Sequence[str],
+    ids: Sequence[str],
+    directions: Tensor,
+    *,
+    folds: int,
+    min_precision: float,
+) -> Calibrated:
+    """Statistics of a layer's readings, and thresholds; nothing that is held out has a part in it.
+
+    Every stimulus is scored by directions and a covariance that it has no part in (its fold is left out): of
+    those it has a part in, it would have too high a score where concepts have few positives.
+
+    Args:
+        readings: Of the layer.
+        shown: What each reading's stimulus shows.
+        links: Columns concept_id, stimulus_id, role, part.
+        concept_ids: The dictionary's, in order.
+        ids: Stimulus of each reading.
+        directions: [n_concepts, d], the dictionary's.
+        folds: Parts that are left out in turn.
+        min_precision: How often a name must be right.
+
+    Raises:
+        ActivationError: a reading is NaN or infinite, or too few of them, or they are alike.
+    """
+    parts = range(folds)
+    about = _mean(readings, parts)
+    sums = [_sums(readings, part, about) for part in parts]
+    total = sums[0]
+    for more in sums[1:]:
+        total = total.plus(more)
+    whole = shrunk(total, about)
+    counts, distances = Counts(len(concept_ids)), []
+    for part, own in enumerate(sums):
+        if not own.n:
+            continue
+        others = shrunk(total.plus(own, -1), about)
+        d = directions_of(readings, links, concept_ids, ids, {*parts} - {part})
+        one = recogniser_of(others, d, None, float("inf"))
+        for rows, z in readings.of(part):
+            counts.add(one.scores(d, z), shown.matrix(rows, len(concept_ids)))
+            distances.append(one.distance(z))
+    usual = float(np.quantile(torch.cat(distances).numpy(), USUAL))
+    found = recogniser_of(whole, directions, counts.thresholds(min_precision), usual)
+    trained = directions_of(readings, links, concept_ids, ids, {*parts})
+    return Calibrated(found, trained, whole.shrinkage, total.n)
+
+
+def recogniser_of(
+    statistics: Shrunk, directions: Tensor, thresholds: pd.DataFrame | None, usual: float
+) -> Recogniser:
+    """A recogniser of these directions, stored in float32; without thresholds it only scores."""
+    inverse = statistics.inverse.float().contiguous()
+    table = pd.DataFrame({"spread": spreads(directions, inverse).numpy()})
+    for name in MEASURED[1:]:
+        table[name] = np.nan if thresholds is None else thresholds[name]
+    return Recogniser(statistics.mean.float(), inverse, measured(table), usual)
+
+
+def _mean(readings: Readings, parts: Sequence[int]) -> Tensor:
+    total, n = torch.zeros(()), 0
+    for _, z in readings.of(*parts):
+        total, n = total + z.double().sum(0), n + len(z)
+    if not n or not bool(total.isfinite().all()):
+        raise ActivationError(
+            f"expected finite readings of stimuli that are not held out, got {n}"
+            f"{' with NaN or infinity' if n else ''}; add stimuli, or set recognition.min_precision = 0"
+        )
+    return total / n
+
+
+def _sums(readings: Readings, part: int, about: Tensor) -> Moments:
+    d = len(about)
+    found = Moments(0, torch.zeros(d).double(), torch.zeros(d, d).double(), 0.0)
+    for _, z in readings.of(part):
+        found = found.plus(moments(z, about))
+    return found
+
+
+# The stage.
+
+
+def load_recognisers(folder: Path) -> dict[int, Recogniser]:
+    """What the stage found, by layer; empty where the recipe wants none."""
+    return {
+        layer: _load(folder, layer) for layer in json.loads((folder / "facts.json").read_text())["layers"]
+    }
+
+
+def _load(folder: Path, layer: int) -> Recogniser:
+    shard = folder / "shards" / shard_name(layer)
+    tensors = load_file(shard / "statistics.safetensors")
+    table = measured(read_table(shard / "concepts.parquet", RECOGNITION).to_pandas())
+    usual = json.loads((shard / "facts.json").read_text("utf-8"))["usual"]
+    return Recogniser(tensors["mean"], tensors["inverse"], table, usual)
+
+
+def without_held_out(folder: Path, layer: int) -> tuple[Recogniser, Tensor]:
+    """The recogniser of a layer for directions [n_concepts, d] that held-out stimuli have no part in."""
+    one, shard = _load(folder, layer), folder / "shards" / shard_name(layer)
+    directions = load_file(shard / "statistics.safetensors")["directions"]
+    table = one.concepts.assign(spread=spreads(directions, one.inverse).float().numpy())
+    return Recogniser(one.mean, one.inverse, table, one.usual), directions
+
+
+def shard_name(layer: int) -> str:
+    """Name of a layer's shard."""
+    return f"layers.{layer}"
+
+
+def reading_ids(shards: Sequence[Path]) -> list[str]:
+    """Stimulus of each reading."""
+    return [i for shard in shards for i in json.loads((shard / "ids.json").read_text("utf-8"))]
+
+
+def captions_of(corpus: Path, ids: Sequence[str]) -> list[str]:
+    """Captions of these stimuli, in their order."""
+    wanted, found = set(ids), {}
+    columns = ["stimulus_id", "caption"]
+    for batch in pq.ParquetFile(corpus / "stimuli.parquet").iter_batches(8_192, columns=columns):
+        rows = zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+        found.update((i, caption) for i, caption in rows if i in wanted)
+    return [found[i] for i in ids]
+
+
+def run(work: Work) -> None:
+    """The stage: a shard a layer."""
+    config = work.recipe.recognition
+    dictionary = load_dictionary(work.upstream("polarity"), work.upstream("directions"))
+    layers = dictionary.layers if config.min_precision else []
+    if layers:
+        _calibrate_layers(work, dictionary)
+    facts = {
+        str(layer): json.loads((work.folder / "shards" / shard_name(layer) / "facts.json").read_text("utf-8"))
+        for layer in layers
+    }
+    write_atomic(work.folder / "facts.json", canonical_json({"layers": layers}))
+    named = sum(one["named"] for one in facts.values())
+    n = len(layers) * len(dictionary)
+    work.finish({"in": n, "out": named, "skipped": {"never_right_enough": n - named}})
+
+
+def _calibrate_layers(work: Work, dictionary: ConceptDictionary) -> None:
+    config, source = work.recipe.recognition, work.upstream("activations")
+    shards = with_readings(sorted((source / "shards").iterdir()))
+    ids = reading_ids(shards)
+    concept_ids = dictionary.concepts["concept_id"].tolist()
+    links = read_table(work.upstream("stimuli") / "links.parquet", LINKS)
+    frame = links.select(["concept_id", "stimulus_id", "role"]).to_pandas()
+    parts = {i: part_of(i, work.recipe.sae.holdout, config.folds) for i in ids}
+    frame["part"] = frame["stimulus_id"].map(parts)
+    said = Said(dictionary.concepts["concept"].tolist())
+    shown = _shown(frame, concept_ids, ids, [said.of(c) for c in captions_of(work.upstream("corpus"), ids)])
+    for position, layer in enumerate(work.progress(read_facts(source)["layers"], unit="layer")):
+        if work.has(shard_name(layer)):
+            continue
+        readings = Readings(shards, position, np.array([parts[i] for i in ids]))
+        found = calibrate(
+            readings,
+            shown,
+            frame,
+            concept_ids,
+            ids,
+            dictionary.raw(layer),
+            folds=config.folds,
+            min_precision=config.min_precision,
+        )
+        with work.shard(shard_name(layer)) as folder, writing(f"how the readings of layer {layer} vary"):
+            _write(folder, dictionary, found)
+
+
+def _shown(
+    links: pd.DataFrame, concept_ids: Sequence[str], ids: Sequence[str], said: Sequence[set[int]]
+) -> Shown:
+    """A stimulus shows what its caption names, and the concepts that it is a positive of."""
+    number, place = ({name: i for i, name in enumerate(names)} for names in (concept_ids, ids))
+    positive = links[(links["role"] == "positive") & links["stimulus_id"].isin(place)]
+    for concept_id, stimulus_id in positive[["concept_id", "stimulus_id"]].itertuples(index=False):
+        if concept_id in number:
+            said[place[stimulus_id]].add(number[concept_id])
+    return Shown.of(said)
+
+
+def _write(folder: Path, dictionary: ConceptDictionary, found: Calibrated) -> None:
+    one = found.recogniser
+    tensors = {"mean": one.mean, "inverse": one.inverse, "directions": found.directions}
+    save_file(tensors, folder / "statistics.safetensors")
+    write_table(folder / "concepts.parquet", recognition_table(dictionary.concepts, one))
+    facts: dict[str, Any] = {"usual": one.usual, "shrinkage": found.shrinkage, "n_readings": found.n}
+    facts["named"] = int(one.concepts["threshold"].notna().sum())
+    write_atomic(folder / "facts.json", canonical_json(facts))

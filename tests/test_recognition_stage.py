@@ -1,0 +1,573 @@
+"""Proves the stage `recognition` and figures of names against naive ones: names are right as asked for."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.covariance import ledoit_wolf
+from small_run import (
+    D_MODEL,
+    LAYERS,
+    N_CONCEPTS,
+    Killed,
+    concept_rows,
+    digests,
+    model_facts,
+    opened,
+    small_recipe,
+    stimulus_ids,
+    write_activations,
+    write_corpus,
+    write_links,
+    write_polarity,
+)
+
+from builders import atoms, directions, names, release, train_sae
+from builders import recognition as stage
+from builders.directions import contrast, load_dictionary
+from builders.tokens import held_out
+from daco import ConceptDictionary
+from daco.errors import ActivationError, DiskError
+from daco.manifest import canonical_json, check_files, read_manifest
+from daco.tables import CONCEPTS, STIMULI, table_of, write_table
+
+SECTIONS = {"sae": {"n_atoms": 37, "k": 3, "steps": 4, "batch": 17, "holdout": 0.3}}
+IDS = stimulus_ids(23)
+
+
+# What captions say.
+
+
+def test_captions_say_whole_words_however_they_are_written():
+    said = stage.Said(["fire alarm", "fire", "Bow", "fire_alarm", "...", "café"])
+    assert said.of("A FIRE-ALARM, near the bows") == {0, 1, 3}
+    assert said.of("bow: firearm alarm fire") == {1, 2}
+    assert said.of("the Café\nfire") == {1, 5}
+    assert said.of("") == set()
+    assert stage.Said([]).of("fire") == set()
+
+
+def test_shown_is_kept_in_order():
+    each = [{3, 1}, set(), {0}, {2, 4}]
+    shown = stage.Shown.of(each)
+    found = shown.matrix(np.array([3, 0, 1]), 5)
+    assert [set(row.nonzero().flatten().tolist()) for row in found] == [{2, 4}, {1, 3}, set()]
+
+
+# How readings vary.
+
+
+def spread_out(n: int) -> np.ndarray:
+    """Readings [n, D_MODEL] far from zero that vary a hundred times as much along some axes as others."""
+    draw = np.random.default_rng(n)
+    return (draw.normal(size=(n, D_MODEL)) * np.logspace(-1, 1, D_MODEL) + 20).astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [7, 40, 500])
+def test_statistics_equal_those_of_scikit_learn(n):
+    """Of fewer readings than dimensions, of a few more and of many, added up in parts."""
+    z = spread_out(n)
+    about = torch.from_numpy(z.astype(np.float64).mean(0))
+    total, *more = [stage.moments(part, about) for part in torch.from_numpy(z).split(3)]
+    for part in more:
+        total = total.plus(part)
+    found = stage.shrunk(total, about)
+    covariance, share = ledoit_wolf(z.astype(np.float64))
+    assert found.shrinkage == pytest.approx(share, rel=1e-9)
+    np.testing.assert_allclose(found.mean, z.astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.inverse.numpy() @ covariance, np.eye(D_MODEL), atol=1e-8)
+
+
+def test_a_part_can_be_taken_out_again():
+    z = torch.from_numpy(spread_out(200))
+    about = z.double().mean(0)
+    total, part = stage.moments(z, about), stage.moments(z[150:], about)
+    found, alone = stage.shrunk(total.plus(part, -1), about), stage.moments(z[:150], about)
+    expected = stage.shrunk(alone, about)
+    torch.testing.assert_close(found.inverse, expected.inverse, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(found.mean, z[:150].double().mean(0), rtol=1e-12)
+    _, share = ledoit_wolf(z[:150].double().numpy())
+    assert found.shrinkage == pytest.approx(share, rel=0.05)  # fourth moments are about the mean of all
+
+
+@pytest.mark.parametrize(
+    ("z", "message"),
+    [
+        (torch.randn(1, D_MODEL), "expected at least 2 readings to tell how they vary, got 1"),
+        (torch.ones(9, D_MODEL), "expected readings that differ, got 9 of variance 0"),
+    ],
+)
+def test_too_few_or_equal_readings_are_refused(z, message):
+    with pytest.raises(ActivationError, match=f"{message}.*recognition.min_precision = 0"):
+        stage.shrunk(stage.moments(z, z[0].double()), z[0].double())
+
+
+# From which score on.
+
+
+def naive_threshold(scores: np.ndarray, shown: np.ndarray, min_precision: float) -> tuple:
+    """The lowest multiple of STEP from which on names are right often enough: tried one by one."""
+    there = np.isfinite(scores)
+    for step in range(stage.N_STEPS):
+        named = there & (np.minimum(scores, stage.STEP * (stage.N_STEPS - 0.5)) >= step * stage.STEP)
+        right = int((named & shown).sum())
+        if right >= stage.MIN_RIGHT and right >= min_precision * named.sum():
+            return step * stage.STEP, right / named.sum(), right / (there & shown).sum()
+    return np.nan, np.nan, np.nan
+
+
+@pytest.mark.parametrize("min_precision", [0.3, 0.8, 1.0])
+def test_thresholds_equal_those_tried_one_by_one(min_precision):
+    draw = np.random.default_rng(3)
+    shown = draw.random((300, 9)) < 0.15
+    scores = draw.normal(size=(300, 9)) + 1.5 * shown
+    scores[:, 1] += 5 * shown[:, 1]  # told apart always
+    scores[:, 2] = -scores[:, 2]  # never
+    scores[40:80, 3] = np.nan  # folds without its positives
+    scores[:, 4] = np.nan
+    scores[shown[:, 5], 5] = 1e9  # above the last step
+    shown[:, 6] = False
+    shown[:, 7] = np.arange(300) < 2  # two are too few to know
+    scores[:, 7] = 4 * shown[:, 7]
+    counts = stage.Counts(9)
+    for block in np.array_split(np.arange(300), 7):
+        counts.add(torch.from_numpy(scores[block]), torch.from_numpy(shown[block]))
+    found = counts.thresholds(min_precision)
+    expected = [naive_threshold(scores[:, c], shown[:, c], min_precision) for c in range(9)]
+    np.testing.assert_allclose(found[["threshold", "precision", "recall"]], expected)
+    assert found["n_shown"].tolist() == (shown & np.isfinite(scores)).sum(0).tolist()
+    never = set(np.flatnonzero(found["threshold"].isna()))
+    assert {4, 6, 7} <= never
+    assert not never & {1, 5}
+
+
+# A world whose concepts are planted.
+
+N, N_NAMED, WIDTH = 900, N_CONCEPTS, D_MODEL
+
+
+def planted(out: Path, seed: int = 1) -> Path:
+    """Readings that hold what a caption says: directions that share much, below what varies in any case."""
+    draw = np.random.default_rng(seed)
+    ids, rows = stimulus_ids(N), concept_rows()
+    shown = draw.random((N, N_NAMED)) < 0.15
+    told = [" and ".join(f"a concept {i}," for i in np.flatnonzero(row)) or "nothing" for row in shown]
+    of = draw.normal(size=(len(LAYERS), N_NAMED, WIDTH)) + 2 * draw.normal(size=(len(LAYERS), 1, WIDTH))
+    nuisance = 6 * draw.normal(size=(len(LAYERS), 4, WIDTH))
+    z = (
+        10
+        + np.einsum("nc,lcd->nld", shown, of)
+        + np.einsum("nk,lkd->nld", draw.normal(size=(N, 4)), nuisance)
+    )
+    z = (z + draw.normal(scale=0.8, size=z.shape)).astype(np.float32)
+    work = opened(small_recipe(), out, "corpus")
+    blank = {
+        "image_url": "",
+        "image_sha256": "0" * 64,
+        "width": 1,
+        "height": 1,
+        "source": "s",
+        "file": "x.png",
+    }
+    table = [
+        blank | {"stimulus_id": i, "caption": text, "source_key": i}
+        for i, text in zip(ids, told, strict=True)
+    ]
+    write_table(
+        work.folder / "stimuli.parquet", table_of(table, STIMULI.append(pa.field("file", pa.string())))
+    )
+    work.finish({})
+    work = opened(small_recipe(), out, "activations")
+    for number, start in enumerate(range(0, N, 250)):
+        with work.shard(f"{number:05d}") as folder:
+            part = torch.from_numpy(z[start : start + 250])
+            save_file({"readings": part}, folder / "readings.safetensors")
+            (folder / "ids.json").write_text(json.dumps(ids[start : start + 250]))
+    facts = {"model": model_facts(), "layers": list(LAYERS), "tokens": {"in": 0, "out": 0, "skipped": {}}}
+    (work.folder / "facts.json").write_text(canonical_json(facts))
+    work.finish({})
+    write_polarity(out)
+    links = [
+        {
+            "concept_id": rows[c]["concept_id"],
+            "concept": rows[c]["concept"],
+            "stimulus_id": ids[i],
+            "role": role,
+        }
+        | {"rank": rank, "dist": 1.0, "sim_image": 0.5, "sim_text": 0.5}
+        for c in range(N_NAMED)
+        for role, among in (("positive", shown[:, c]), ("negative", ~shown[:, c]))
+        for rank, i in enumerate(draw.choice(np.flatnonzero(among), 60, replace=False))
+    ]
+    work = opened(small_recipe(), out, "stimuli")
+    write_table(work.folder / "links.parquet", pa.Table.from_pylist(links, schema=stage.LINKS))
+    work.finish({})
+    work = opened(small_recipe(), out, "directions")
+    found = contrast(
+        [row["concept_id"] for row in rows], pd.DataFrame(links), ids, [(0, torch.from_numpy(z))]
+    )
+    tensors = {f"layer_{layer}": found.directions[i].clone() for i, layer in enumerate(LAYERS)}
+    save_file(tensors, work.folder / "directions.safetensors")
+    facts |= {"R": {str(layer): 10.0 for layer in LAYERS}, "n_positive": [60] * 11, "n_negative": [60] * 11}
+    (work.folder / "facts.json").write_text(canonical_json(facts))
+    work.finish({})
+    return out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return planted(tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture
+def upstream(world, tmp_path):
+    return shutil.copytree(world, tmp_path / "run")
+
+
+def run(out: Path, killed_at: int | None = None, **changes) -> Path:
+    sections = {"sae": {"holdout": 0.3}, "recognition": {"folds": 4} | changes}
+    stage.run(opened(small_recipe(**sections), out, "recognition", killed_at))
+    return out / "recognition"
+
+
+def all_readings(out: Path) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Readings [n, layers, d] in float64, their ids, and what captions say [n, concepts]."""
+    shards = sorted((out / "activations" / "shards").iterdir())
+    z = torch.cat([load_file(s / "readings.safetensors")["readings"] for s in shards])
+    ids = [i for s in shards for i in json.loads((s / "ids.json").read_text())]
+    captions = dict(
+        zip(
+            *(
+                pq.read_table(out / "corpus" / "stimuli.parquet")[c].to_pylist()
+                for c in ("stimulus_id", "caption")
+            ),
+            strict=True,
+        )
+    )
+    says = [[f"concept {c}," in captions[i] for c in range(N_NAMED)] for i in ids]
+    return z.double().numpy(), ids, np.array(says)
+
+
+def naive_direction(
+    links: pd.DataFrame, concept: str, z: dict[str, np.ndarray], allowed: set[str]
+) -> np.ndarray:
+    means = []
+    for role in ("positive", "negative"):
+        chosen = links[(links.concept_id == concept) & (links.role == role)].stimulus_id
+        means.append(np.mean([z[s] for s in chosen if s in allowed], axis=0))
+    return means[0] - means[1]
+
+
+def test_the_stage_equals_a_naive_one(upstream):
+    """Every stimulus scored by what the others say, a concept at a time, with numpy's inverse."""
+    folder = run(upstream)
+    z, ids, says = all_readings(upstream)
+    links = pd.read_parquet(upstream / "stimuli" / "links.parquet")
+    concept_ids = [row["concept_id"] for row in concept_rows()]
+    part = {i: stage.part_of(i, 0.3, 4) for i in ids}
+    assert {i for i in ids if part[i] == stage.HELD} == {i for i in ids if held_out(i, 0.3)}
+    position, layer = 1, LAYERS[1]
+    here = {i: z[n, position] for n, i in enumerate(ids)}
+    scores, distances = np.full((N, N_NAMED), np.nan), []
+    for fold in range(4):
+        others = [i for i in ids if part[i] not in (fold, stage.HELD)]
+        rows = np.array([here[i] for i in others])
+        mean, P = rows.mean(0), np.linalg.inv(ledoit_wolf(rows)[0])
+        d = [naive_direction(links, c, here, set(others)) for c in concept_ids]
+        for n, i in enumerate(ids):
+            if part[i] == fold:
+                x = here[i] - mean
+                scores[n] = [c @ P @ x / np.sqrt(c @ P @ c) for c in d]
+                distances.append(x @ P @ x / D_MODEL)
+    found = stage.load_recognisers(folder)[layer]
+    assert found.usual == pytest.approx(np.quantile(distances, 0.99), rel=1e-3)
+    expected = np.array([naive_threshold(scores[:, c], says[:, c], 0.5) for c in range(N_NAMED)])
+    ours = found.concepts[["threshold", "precision", "recall"]].to_numpy()
+    assert (
+        np.abs(ours[:, 0] - expected[:, 0]) <= 1.01 * stage.STEP
+    ).all()  # shrinkage differs in the 4th digit
+    np.testing.assert_allclose(ours[:, 1:], expected[:, 1:], atol=0.02)
+    train = np.array([here[i] for i in ids if part[i] != stage.HELD])
+    np.testing.assert_allclose(found.mean, train.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.inverse, np.linalg.inv(ledoit_wolf(train)[0]), rtol=1e-4, atol=1e-6)
+    _, directions = stage.without_held_out(folder, layer)
+    allowed = {i for i in ids if part[i] != stage.HELD}
+    np.testing.assert_allclose(
+        directions[3], naive_direction(links, concept_ids[3], here, allowed), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.8])
+def test_names_are_right_as_often_as_was_asked_for_on_stimuli_that_nothing_was_made_from(upstream, wanted):
+    folder = run(upstream, min_precision=wanted)
+    z, ids, says = all_readings(upstream)
+    held = np.array([held_out(i, 0.3) for i in ids])
+    for position, layer in enumerate(LAYERS):
+        one, directions = stage.without_held_out(folder, layer)
+        given = names.recognised(one, directions, torch.from_numpy(z[held, position])).numpy()
+        right = (given & says[held]).sum()
+        precision, recall = right / given.sum(), right / says[held].sum()
+        assert wanted - 0.06 < precision
+        assert recall > 0.5
+        unit = directions.numpy() / np.linalg.norm(directions.numpy(), axis=1, keepdims=True)
+        plain = (z[:, position] / np.linalg.norm(z[:, position], axis=1, keepdims=True)) @ unit.T
+        plain = ((plain - plain[~held].mean(0)) / plain[~held].std(0))[held]
+        as_many = plain >= np.sort(plain.ravel())[-given.sum()]
+        assert (as_many & says[held]).sum() < 0.6 * right
+
+
+def test_held_out_stimuli_have_no_part_in_it(upstream):
+    first = digests(run(upstream) / "shards")
+    for shard in sorted((upstream / "activations" / "shards").iterdir()):
+        tensors = load_file(shard / "readings.safetensors")["readings"].clone()
+        held = torch.tensor([held_out(i, 0.3) for i in json.loads((shard / "ids.json").read_text())])
+        tensors[held] = 1e6
+        save_file({"readings": tensors}, shard / "readings.safetensors")
+    (upstream / "recognition" / "stage.json").unlink()
+    assert digests(run(upstream) / "shards") == first
+
+
+@pytest.mark.parametrize("at", range(len(LAYERS)))
+def test_killed_and_resumed_equals_undisturbed(upstream, at):
+    expected = digests(run(upstream))
+    shutil.rmtree(upstream / "recognition")
+    with pytest.raises(Killed):
+        run(upstream, killed_at=at)
+    assert len(list((upstream / "recognition" / "shards").iterdir())) == at
+    assert digests(run(upstream)) == expected
+
+
+def test_blocks_do_not_change_what_is_found(upstream, monkeypatch):
+    expected = stage.load_recognisers(run(upstream))
+    (upstream / "recognition" / "stage.json").unlink()
+    monkeypatch.setattr(stage, "BLOCK", 13)
+    found = stage.load_recognisers(run(upstream))
+    for layer in LAYERS:
+        torch.testing.assert_close(found[layer].inverse, expected[layer].inverse)
+        pd.testing.assert_frame_equal(found[layer].concepts, expected[layer].concepts)
+
+
+def test_nothing_is_built_where_nothing_is_wanted(upstream):
+    folder = run(upstream, min_precision=0.0)
+    assert stage.load_recognisers(folder) == {}
+    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
+        "done.json",
+        "facts.json",
+        "stage.json",
+    ]
+    assert json.loads((folder / "done.json").read_text())["counts"]["in"] == 0
+
+
+def test_readings_that_are_not_finite_are_refused(upstream):
+    shard = next((upstream / "activations" / "shards").iterdir())
+    tensors = load_file(shard / "readings.safetensors")["readings"].clone()
+    ids = json.loads((shard / "ids.json").read_text())
+    kept = [n for n, i in enumerate(ids) if not held_out(i, 0.3)]
+    tensors[kept[0], 1, 3] = torch.nan
+    save_file({"readings": tensors}, shard / "readings.safetensors")
+    with pytest.raises(ActivationError, match="expected finite readings of stimuli that are not held out"):
+        run(upstream)
+    assert [p.name for p in (upstream / "recognition" / "shards").iterdir()] == ["layers.1"]
+
+
+def test_a_corpus_that_is_all_held_out_is_refused(upstream):
+    sections = {"sae": {"holdout": 1.0}}
+    with pytest.raises(ActivationError, match="not held out, got 0; add stimuli"):
+        stage.run(opened(small_recipe(**sections), upstream, "recognition"))
+
+
+def test_a_full_disk_is_named_and_finished_layers_are_kept(upstream, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    work = opened(small_recipe(sae={"holdout": 0.3}), upstream, "recognition")
+    real, calls = stage.save_file, []
+
+    def second_fails(*given):
+        calls.append(1)
+        (real if len(calls) == 1 else full)(*given)
+
+    monkeypatch.setattr(stage, "save_file", second_fails)
+    with pytest.raises(DiskError, match="expected room for how the readings of layer 2 vary"):
+        stage.run(work)
+    assert work.has("layers.1")
+    assert not work.has("layers.2")
+
+
+def test_concepts_whose_positives_are_in_one_fold_or_held_out_are_never_named(upstream):
+    """Left out of its own score nothing is left of such a direction; the others are told as before."""
+    links = pd.read_parquet(upstream / "stimuli" / "links.parquet")
+    fold = links.stimulus_id.map(lambda i: stage.part_of(i, 0.3, 4))
+    first, second = (row["concept_id"] for row in concept_rows()[:2])
+    positive = links.role == "positive"
+    alone = links[~(positive & (links.concept_id == first) & (fold != 2))]
+    fold = fold[alone.index]
+    alone = alone[~((alone.role == "positive") & (alone.concept_id == second) & (fold != stage.HELD))]
+    write_table(
+        upstream / "stimuli" / "links.parquet", pa.Table.from_pandas(alone, stage.LINKS, preserve_index=False)
+    )
+    found = stage.load_recognisers(run(upstream))[1].concepts
+    _, ids, says = all_readings(upstream)
+    scored = np.array([stage.part_of(i, 0.3, 4) not in (2, stage.HELD) for i in ids])
+    assert found["n_shown"][0] == says[scored, 0].sum()
+    assert found["n_shown"][1] == 0
+    assert np.isnan(found["threshold"][1])
+    assert found["threshold"][2:].notna().all()
+
+
+# Figures of names.
+
+
+def test_figures_of_names_equal_naive_ones(upstream):
+    folder = run(upstream)
+    draw = torch.Generator().manual_seed(4)
+    write_saes(upstream, draw)
+    sections = {"sae": {"holdout": 0.3, "n_atoms": 17, "k": 3}, "recognition": {"folds": 4}}
+    work = opened(small_recipe(**sections), upstream, "evaluate")
+    dictionary = load_dictionary(upstream / "polarity", upstream / "directions")
+    found = names.names_figures(work, dictionary)
+    z, ids, says = all_readings(upstream)
+    held = np.array([held_out(i, 0.3) for i in ids])
+    for position, layer in enumerate(LAYERS):
+        row = found[str(layer)]
+        assert row["n_stimuli"] == held.sum()
+        assert row["chance"] == pytest.approx(says[held].mean())
+        one, directions = stage.without_held_out(folder, layer)
+        table = pq.read_table(upstream / "atoms" / f"layers.{layer}" / "atoms.parquet")
+        nearest = [x[0] for x in table["nearest_concept_ids"].to_pylist()]
+        sae = train_sae.load_sae(upstream / "sae" / f"layers.{layer}")
+        ways = {"": [0, 0], "atoms_": [0, 0]}
+        for n in np.flatnonzero(held):
+            x = torch.from_numpy(z[n : n + 1, position])
+            over = one.scores(directions, x)[0] >= torch.tensor(one.concepts["threshold"].to_numpy())
+            read = (
+                {f"user:concept-{c}" for c in range(N_NAMED) if over[c]}
+                if one.distance(x) <= one.usual
+                else set()
+            )
+            fired = {nearest[a] for a in range(17) if sae.encode(x.float())[0, a] > 0}
+            for way, given in (("", read), ("atoms_", fired)):
+                ways[way][0] += sum(says[n, int(c.split("-")[1])] for c in given)
+                ways[way][1] += len(given)
+        for way, (right, given) in ways.items():
+            assert row[f"{way}precision"] == pytest.approx(right / given)
+            assert row[f"{way}recall"] == pytest.approx(right / says[held].sum())
+            for figure in ("precision", "recall"):
+                low, high = row[f"{way}{figure}_interval"]
+                assert low < row[f"{way}{figure}"] < high
+        assert row["precision"] > 2 * row["atoms_precision"]
+
+
+def write_saes(out: Path, draw: torch.Generator) -> None:
+    """SAEs as the stage leaves them, of random atoms, with names."""
+    from builders.atoms import atoms_table
+    from daco.sae import SAE
+
+    work, named = opened(small_recipe(), out, "sae"), opened(small_recipe(), out, "atoms")
+    dictionary = load_dictionary(out / "polarity", out / "directions")
+    for layer in LAYERS:
+        W = torch.nn.functional.normalize(torch.randn(17, D_MODEL, generator=draw), dim=1)
+        weights = {
+            "W_enc": W.T.contiguous(),
+            "b_enc": torch.zeros(17),
+            "W_dec": W,
+            "b_dec": 10 + torch.zeros(D_MODEL),
+        }
+        SAE(**weights, activation="topk", k=3)
+        folder = work.folder / f"layers.{layer}"
+        folder.mkdir()
+        save_file({name: t.clone() for name, t in weights.items()}, folder / "sae_weights.safetensors")
+        (folder / "facts.json").write_text(json.dumps({"activation": "topk", "k": 3, "n_atoms": 17}))
+        (named.folder / f"layers.{layer}").mkdir()
+        table = atoms_table(W, dictionary, layer, torch.zeros(17).double())
+        write_table(named.folder / f"layers.{layer}" / "atoms.parquet", table)
+    for one in (work, named):
+        one.finish({})
+
+
+def test_without_recognition_or_held_out_stimuli_there_are_fewer_figures(upstream):
+    run(upstream, min_precision=0.0)
+    write_saes(upstream, torch.Generator().manual_seed(4))
+    dictionary = load_dictionary(upstream / "polarity", upstream / "directions")
+    work = opened(small_recipe(sae={"holdout": 0.3}), upstream, "evaluate")
+    assert "precision" not in (found := names.names_figures(work, dictionary)["1"])
+    assert found["atoms_precision"] > 0
+    work = opened(small_recipe(sae={"holdout": 0.0}), upstream, "evaluate")
+    assert names.names_figures(work, dictionary) == {}
+
+
+# Through a release.
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """All stages but corpus, links and polarity for real; one concept's name stands in captions."""
+    out = tmp_path_factory.mktemp("run")
+    for write in (write_corpus, write_links, write_polarity, write_activations):
+        write(out)
+    rows = [row | {"concept": f"thing {i}"} for i, row in enumerate(concept_rows())]
+    write_table(out / "polarity" / "concepts.parquet", table_of(rows, CONCEPTS))
+    for module, name in (
+        (directions, "directions"),
+        (stage, "recognition"),
+        (train_sae, "sae"),
+        (atoms, "atoms"),
+    ):
+        module.run(opened(small_recipe(**SECTIONS), out, name))
+    work = opened(small_recipe(), out, "evaluate")
+    (work.folder / "evaluation.json").write_text("{}")
+    work.finish({})
+    return out
+
+
+def release_of(out: Path, **sections) -> Path:
+    corpus = {"kind": "folder", "path": "/x", "licence": "cc0-1.0"}
+    release.run(opened(small_recipe(**SECTIONS | {"corpus": corpus} | sections), out, "release"))
+    return out / "release" / "dataset"
+
+
+def test_a_release_recognises_as_the_stage_found(released, tmp_path):
+    out = shutil.copytree(released, tmp_path / "run")
+    folder = release_of(out)
+    check_files(folder, read_manifest(folder))
+    dictionary = ConceptDictionary.from_pretrained(folder)
+    found = stage.load_recognisers(out / "recognition")
+    assert sorted(dictionary.recognisers) == list(LAYERS)
+    z = torch.cat(
+        [
+            load_file(s / "readings.safetensors")["readings"]
+            for s in sorted((out / "activations/shards").iterdir())
+        ]
+    )
+    for position, layer in enumerate(LAYERS):
+        ours, theirs = found[layer], dictionary.recognisers[layer]
+        assert ours.same_scale(theirs)
+        assert ours.usual == theirs.usual
+        pd.testing.assert_frame_equal(ours.concepts, theirs.concepts)
+        scores = [one.scores(dictionary.raw(layer), z[:, position]) for one in (ours, theirs)]
+        assert torch.equal(*scores)
+        assert float(scores[0].std()) > 0.1
+    assert set(dictionary.recognise({layer: z[:, i] for i, layer in enumerate(LAYERS)})["layer"]) <= set(
+        LAYERS
+    )
+
+
+def test_a_release_without_it_is_as_before(released, tmp_path):
+    out = shutil.copytree(released, tmp_path / "run")
+    stage.run(opened(small_recipe(**SECTIONS, recognition={"min_precision": 0.0}), fresh(out), "recognition"))
+    manifest = read_manifest(folder := release_of(out))
+    assert set(manifest["configs"]) == {"stimuli", "links", "concepts", "directions_toy"}
+    assert "usual" not in manifest["models"]["toy"]
+    assert ConceptDictionary.from_pretrained(folder).recognisers == {}
+
+
+def fresh(out: Path) -> Path:
+    shutil.rmtree(out / "recognition")
+    return out
