@@ -211,8 +211,8 @@ def measure(
         try:
             with contender.put_on():
                 start = time.perf_counter()
-                if compiled:
-                    generate(model, ids, 1, compiled)
+                if compiled:  # a longer cache, later, would be compiled for again
+                    generate(model, ids, arguments.tokens, compiled)
                 else:
                     caches[name] = prefilled(model, ids)
                     decode(model, ids, caches[name], 1)

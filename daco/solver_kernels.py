@@ -73,10 +73,9 @@ def _solve(
 
 
 def tried() -> None:
-    """Run the kernel once, where there is a GPU; raises whatever Triton does where it cannot compile."""
-    if torch.cuda.is_available():
-        G = torch.eye(WIDTHS[0], device="cuda")[None]
-        one = torch.ones(1, device="cuda")
+    """Run the kernel at each width, where there is a GPU; raises whatever Triton does if it cannot compile."""
+    for width in WIDTHS if torch.cuda.is_available() else ():
+        G, one = torch.eye(width, device="cuda")[None], torch.ones(1, device="cuda")
         solve(G, G[:, 0], torch.zeros_like(G[:, 0]), 0.1 * one, one, one, 1e-5, False)
 
 
