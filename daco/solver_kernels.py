@@ -73,7 +73,7 @@ def _solve(
 
 
 def tried() -> None:
-    """Run the kernel at each width, where there is a GPU; raises whatever Triton does if it cannot compile."""
+    """Run the kernel at each width, where there is a GPU; raises whatever Triton does where it cannot."""
     for width in WIDTHS if torch.cuda.is_available() else ():
         G, one = torch.eye(width, device="cuda")[None], torch.ones(1, device="cuda")
         solve(G, G[:, 0], torch.zeros_like(G[:, 0]), 0.1 * one, one, one, 1e-5, False)
