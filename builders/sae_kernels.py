@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512
+BLOCK = 1_024
 """Columns a program works on at once."""
-TILE = 8
-"""Entries of a row that a program reads at once, so that it waits for memory once for all of them."""
+TILE = 4
+"""Entries of a row that a program reads at once, so that it waits for memory once for all of them; half as
+many where it sums them up, since few atoms are active at many tokens of a batch."""
 WIDEST = 4_096
 """Columns that a program can hold of a row of which it takes the k largest."""
 
@@ -117,7 +118,8 @@ def weighted_sums(values: Tensor, index: Tensor, starts: Tensor, rows: Tensor, o
         out: [r, d] float32, overwritten.
     """
     d = out.shape[1]
-    _sums[(len(out), triton.cdiv(d, BLOCK))](values, index, starts, rows, out, d=d, BLOCK=BLOCK, TILE=TILE)
+    grid = (len(out), triton.cdiv(d, BLOCK))
+    _sums[grid](values, index, starts, rows, out, d=d, BLOCK=BLOCK, TILE=TILE // 2)
     return out
 
 

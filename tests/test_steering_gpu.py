@@ -88,13 +88,13 @@ def test_logits_are_those_of_a_cpu(name: str, world: Any) -> None:
     with steer(twin, METHODS[name](ModelFacts.of(model), WIDE)) as twin_run:
         found = logits_of(twin, on_gpu(inputs))
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=1e-6)
+        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=1e-5)  # norms and softmax are in float32
     assert (expected[0] - plain[0]).abs().max() > 1e-4
     for own, theirs in zip(twin_run.report().layers, run.report().layers, strict=True):
         assert own.positions == theirs.positions
         assert own.by_row == theirs.by_row
         assert [(a.atom, a.positions) for a in own.atoms] == [(a.atom, a.positions) for a in theirs.atoms]
-        assert own.relative_change == pytest.approx(theirs.relative_change, abs=1e-6)
+        assert own.relative_change == pytest.approx(theirs.relative_change, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
