@@ -8,7 +8,7 @@ a time go through `daco.solver_kernels` first, which asks the host for nothing b
 import importlib.util
 import warnings
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from daco.coarse import Coarse, Near, settle
+from daco.replays import Replays
 
 CHUNK = 256
 """Rows solved at a time: about five arrays `[CHUNK, n_atoms]` are alive at once."""
@@ -41,12 +42,18 @@ SMALL, WHOLE_ROUNDS, ROUND = 1_024, 30, 10
 """Dictionaries of at most SMALL atoms are tried whole first, rows on one Gram matrix: WHOLE_ROUNDS of ROUND
 accelerated steps at most; what is not certified by then is solved on working sets."""
 
+RECORDED = 32
+"""Rows on a GPU up to which the work is recorded as a CUDA graph, which keeps its memory: 2 MB a row."""
+
 FEW = 64
 """Rows on a GPU up to which one kernel solves all working sets, of equal size: what many need, all pay."""
 
 TURNS, STEPS, MOST_STEPS, NEWTON_STEPS = 20, 8, 512, 8
 """On a working set: turns at most; accelerated steps in the first turn, twice as many in each further one, up
 to a limit; Newton steps in each."""
+
+
+_REPLAYS = Replays()
 
 
 class SparseCode(NamedTuple):
@@ -158,21 +165,19 @@ def elastic_net(
     """
     dtype = torch.promote_types(D.dtype, torch.float32)
     wide, alpha = z.to(dtype), alpha.to(dtype)[:, None]
+    lasts = D.dtype == dtype and (gram is None or (gram.dtype == dtype and gram.is_contiguous()))
     D, gram = D.to(dtype), None if gram is None else gram.to(dtype).contiguous()
-    known = _Dictionary(D, gram, coarse if gram is None or len(z) <= LONE else None)
+    known = _Dictionary(D, gram, coarse if gram is None or len(z) <= LONE else None, lasts)
+    task = _Task(tau, non_negative, relative, tol, max_rounds)
     code, gap = wide.new_zeros(len(z), len(D)), wide.new_zeros(len(z))
     for part in _parts(len(z), CHUNK):
         here = wide[part]
-        q = (
-            known.products(here)
-            if correlation is None
-            else Near(correlation[part].to(dtype), here.new_zeros(()))
-        )
-        most = alpha[part] * known.largest(q, here) / tau if relative else alpha[part]
+        given = () if correlation is None else (correlation[part].to(dtype),)
+        if len(here) <= FEW and len(D) > SMALL and known.by_kernel:
+            code[part], gap[part] = _solve_few(known, task, here, alpha[part], *given)
+            continue
+        q, penalty = _posed(known, task, here, alpha[part], *given)
         solve = _solve if len(D) > SMALL else _solve_small
-        if len(here) <= FEW and len(D) > SMALL and D.dtype == torch.float32 and kernels_for(D):
-            solve = _solve_few
-        penalty = _Penalty(most * tau, most * (1 - tau), non_negative)
         code[part], gap[part] = solve(here, q, known, penalty, tol, max_rounds)
     return SparseCode(code.to(z.dtype), gap.to(z.dtype), gap <= tol * _half(wide))
 
@@ -198,6 +203,16 @@ def duality_gap(
     return _certificate(z, residual, c, residual @ D.T - penalty.l2 * c, penalty)
 
 
+class _Task(NamedTuple):
+    """What `elastic_net` is asked for, beside rows and dictionary."""
+
+    tau: float
+    non_negative: bool
+    relative: bool
+    tol: float
+    max_rounds: int
+
+
 class _Dictionary(NamedTuple):
     """The dictionary, and what is known of it beforehand."""
 
@@ -206,6 +221,13 @@ class _Dictionary(NamedTuple):
     gram: Tensor | None
     """`[n_atoms, n_atoms]`."""
     coarse: Coarse | None
+    lasts: bool
+    """Whether D and gram are the caller's own, no copies in another dtype that this call alone has."""
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether a GPU's kernel can solve working sets of it."""
+        return self.D.dtype == torch.float32 and self.coarse is None and kernels_for(self.D) is not None
 
     def products(self, z: Tensor) -> Near:
         """Products with all atoms, `[n, n_atoms]`."""
@@ -252,25 +274,52 @@ def _solve(
     return code, gap
 
 
+def _posed(
+    known: _Dictionary, task: _Task, z: Tensor, alpha: Tensor, correlation: Tensor | None = None
+) -> tuple[Near, _Penalty]:
+    """Products with the dictionary, and what codes pay."""
+    q = known.products(z) if correlation is None else Near(correlation, z.new_zeros(()))
+    most = alpha * known.largest(q, z) / task.tau if task.relative else alpha
+    return q, _Penalty(most * task.tau, most * (1 - task.tau), task.non_negative)
+
+
 def _solve_few(
-    z: Tensor, q: Near, known: _Dictionary, penalty: _Penalty, tol: float, max_rounds: int
+    known: _Dictionary, task: _Task, z: Tensor, alpha: Tensor, *correlation: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Codes and gaps of a few rows on a GPU, on working sets of fixed size; of the others by `_solve`.
 
     The host waits once for each size: to have less to launch counts more there than to have less to compute.
     """
-    code, pull, gap = torch.zeros_like(q.value), q.value, torch.empty_like(z[:, 0])
-    rows: Tensor | slice = slice(None)
-    for width in kernels_for(known.D).WIDTHS[:max_rounds]:
-        here, some = z[rows], penalty.of(rows)
-        new, pull, gaps = _on_sets(width, here, q.of(rows), known, code[rows], pull, some, tol)
-        code[rows], gap[rows] = new, gaps
-        missed = gaps > tol * _half(here)
-        if not missed.any():
+    first, *wider = kernels_for(known.D).WIDTHS[: task.max_rounds]
+
+    def begin(z: Tensor, alpha: Tensor, *correlation: Tensor) -> tuple[Tensor, ...]:
+        q, penalty = _posed(known, task, z, alpha, *correlation)
+        nothing = torch.zeros_like(q.value)
+        code, pull, gap = _on_sets(first, z, q, known, nothing, q.value, penalty, task.tol)
+        missed = gap > task.tol * _half(z)
+        return code, gap, missed.any(), missed, pull, q.value, penalty.l1, penalty.l2
+
+    with _REPLAYS.lock:
+        key = (task, z.shape, len(correlation), None if known.gram is None else known.gram.data_ptr())
+        recorded = known.lasts and z.is_cuda and len(z) <= RECORDED
+        run = partial(_REPLAYS.run, known.D, key, begin) if recorded else begin
+        code, gap, more, *state = run(z, alpha, *correlation)
+        code, gap = code.clone(), gap.clone()
+        if not more:
             return code, gap
-        left = missed.nonzero().squeeze(-1)
-        rows, pull = left if isinstance(rows, slice) else rows[left], pull[left]
-    code[rows], gap[rows] = _solve(z[rows], q.of(rows), known, penalty.of(rows), tol, max_rounds)
+        missed, pull, products, l1, l2 = (part.clone() for part in state)
+    q, penalty = Near(products, z.new_zeros(())), _Penalty(l1, l2, task.non_negative)
+    rows = missed.nonzero().squeeze(-1)
+    pull = pull[rows]
+    for width in wider:
+        here, some = z[rows], penalty.of(rows)
+        code[rows], pull, gaps = _on_sets(width, here, q.of(rows), known, code[rows], pull, some, task.tol)
+        gap[rows] = gaps
+        left = (gaps > task.tol * _half(here)).nonzero().squeeze(-1)
+        if not len(left):
+            return code, gap
+        rows, pull = rows[left], pull[left]
+    code[rows], gap[rows] = _solve(z[rows], q.of(rows), known, penalty.of(rows), task.tol, task.max_rounds)
     return code, gap
 
 
