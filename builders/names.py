@@ -3,6 +3,7 @@
 Reads `activations/` (readings), `recognition/`, `sae/`, `atoms/` and `corpus/` (captions); writes nothing.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,10 +18,9 @@ from builders.recognition import (
     Said,
     Shown,
     captions_of,
-    load_recognisers,
+    load_recogniser,
     part_of,
     reading_ids,
-    without_held_out,
 )
 from builders.stages import Work
 from builders.statistics import Interval, share
@@ -33,9 +33,9 @@ from daco.sae_files import layer_folder
 from daco.tables import ATOMS, read_table
 
 
-def recognised(one: Recogniser, directions: Tensor, z: Tensor) -> Tensor:
+def recognised(one: Recogniser, z: Tensor) -> Tensor:
     """Which concepts `ConceptDictionary.recognise` names of readings [n, d], [n, n_concepts] bool."""
-    return one.over(one.scores(directions, z), one.distance(z)) >= 0
+    return one.over(one.scores(z), one.distance(z)) >= 0
 
 
 @torch.no_grad()
@@ -74,9 +74,10 @@ def names_figures(work: Work, dictionary: ConceptDictionary) -> dict[str, dict[s
         dictionary: The run's.
 
     Returns:
-        By layer: `n_stimuli`; `chance`, the share of all concepts that a caption names; `precision` and
-        `recall` of what the dictionary recognises, where it does; `atoms_precision` and `atoms_recall` of the
-        concepts nearest to the atoms that fire, each with its `_interval`. Empty without held-out stimuli.
+        By layer: `n_stimuli`; `chance`, the share of all concepts that a caption names;
+        `recognised_precision` and `recognised_recall` of what the dictionary recognises, where it does;
+        `atoms_precision` and `atoms_recall` of the concepts nearest to the atoms that fire; each with its
+        `_interval`. Empty without held-out stimuli.
     """
     source, folder = work.upstream("activations"), work.upstream("recognition")
     shards = with_readings(sorted((source / "shards").iterdir()))
@@ -87,16 +88,17 @@ def names_figures(work: Work, dictionary: ConceptDictionary) -> dict[str, dict[s
     shown = Shown.of([said.of(caption) for caption in captions_of(work.upstream("corpus"), ids)])
     if not (part == HELD).any():
         return {}
-    ways, found = load_recognisers(folder), {}
+    known, found = json.loads((folder / "facts.json").read_text("utf-8"))["layers"], {}
     for position, layer in enumerate(read_facts(source)["layers"]):
         readings = Readings(shards, position, part)
-        one = without_held_out(folder, layer) if layer in ways else None
+        one = load_recogniser(folder, layer) if layer in known else None
         sae, names = _atoms(work, dictionary, layer)
         counted = list(_counts(readings, shown, one, sae, names, len(dictionary)))
         read, of_atoms = (np.concatenate(parts) for parts in zip(*counted, strict=True))
         figures = {"n_stimuli": len(read), "chance": float(read[:, 2].sum() / len(read) / len(dictionary))}
-        figures |= precision_recall(read) if one else {}
-        found[str(layer)] = figures | {f"atoms_{k}": v for k, v in precision_recall(of_atoms).items()}
+        for way, counts in {"atoms": of_atoms, **({"recognised": read} if one else {})}.items():
+            figures |= {f"{way}_{name}": value for name, value in precision_recall(counts).items()}
+        found[str(layer)] = figures
     return found
 
 
@@ -111,7 +113,7 @@ def _atoms(work: Work, dictionary: ConceptDictionary, layer: int) -> tuple[SAE, 
 def _counts(
     readings: Readings,
     shown: Shown,
-    one: tuple[Recogniser, Tensor] | None,
+    one: Recogniser | None,
     sae: SAE,
     names: Tensor,
     n_concepts: int,
@@ -119,6 +121,6 @@ def _counts(
     """Names right, given and true of held-out stimuli, [n, 3] both ways, a block at a time."""
     for rows, z in readings.of(HELD):
         true = shown.matrix(rows, n_concepts)
-        given = recognised(*one, z) if one else torch.zeros_like(true)
+        given = recognised(one, z) if one else torch.zeros_like(true)
         both = (given, fired(sae, names, n_concepts, z.float()))
         yield tuple(torch.stack([(x & true).sum(1), x.sum(1), true.sum(1)], 1).numpy() for x in both)

@@ -47,7 +47,7 @@ STAGES = (
         "recognition",
         "recognition",
         ("activations", "sae", "recognition"),
-        ("corpus", "stimuli", "polarity", "activations", "directions"),
+        ("corpus", "stimuli", "polarity", "activations"),
     ),
     Stage("sae", "train_sae", ("activations", "sae"), ("activations", "directions")),
     Stage("atoms", "atoms", ("sae", "atoms"), ("polarity", "activations", "directions", "sae")),

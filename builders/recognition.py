@@ -1,9 +1,9 @@
-"""From which score on a concept counts as shown: the covariance of readings, and a threshold of each concept.
+"""What tells from a reading which concepts it shows: a discriminant and a threshold of each.
 
-Reads `corpus/` (captions), `stimuli/links.parquet`, `polarity/concepts.parquet`, `directions/` and readings
-of `activations/`; writes `recognition/facts.json` and, in a shard a layer, `statistics.safetensors` (`mean`,
-`inverse`, and `directions` without held-out stimuli), `concepts.parquet` and `facts.json`. What is held out
-of SAE training (by `sae.holdout`) is held out here too, for the evaluation.
+Reads `corpus/` (captions), `stimuli/links.parquet`, `polarity/concepts.parquet` and readings of
+`activations/`; writes `recognition/facts.json` and, in a shard a layer, `statistics.safetensors` (`mean`,
+`inverse`), `concepts.parquet` (as releases have it) and `facts.json`. What is held out of SAE training (by
+`sae.holdout`) is held out here too, for the evaluation.
 """
 
 import hashlib
@@ -21,15 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from builders.directions import contrast, load_dictionary, with_readings
+from builders.directions import with_readings
 from builders.stages import Work, writing
 from builders.tokens import held_out, read_facts
-from daco.dictionary import ConceptDictionary
-from daco.dictionary_files import recognition_table
+from daco.dictionary_files import recogniser_of, recognition_table
 from daco.errors import ActivationError
 from daco.manifest import canonical_json, write_atomic
-from daco.recognition import MEASURED, Recogniser, measured, spreads
-from daco.tables import LINKS, RECOGNITION, read_table, write_table
+from daco.recognition import MEASURED, Recogniser, discriminants, measured
+from daco.tables import CONCEPTS, LINKS, read_table, recognition_schema, write_table
 
 STEP, N_STEPS = 1 / 32, 1_024
 """Thresholds are multiples of STEP below N_STEPS * STEP; which of them is best is counted, not sorted."""
@@ -42,6 +41,9 @@ USUAL = 0.99
 
 BLOCK = 1_024
 """Stimuli scored at a time."""
+
+CHUNK = 4_096
+"""Pairs of a stimulus and a concept that it shows, added up at a time."""
 
 HELD = -1
 """Part of the stimuli that are held out; those of the others are 0, 1, ..."""
@@ -171,22 +173,17 @@ class Readings:
     def __init__(self, shards: Sequence[Path], position: int, part: np.ndarray) -> None:
         self.shards, self.position, self.part = shards, position, part
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first reading, readings [n, 1, d]) of every shard, as `contrast` takes them."""
+    def of(self, *parts: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """(numbers [n], readings [n, d]) of the stimuli of these parts, at most BLOCK at a time."""
         start = 0
         for shard in self.shards:
             with safe_open(shard / "readings.safetensors", "pt") as file:
-                z = file.get_slice("readings")[:, self.position : self.position + 1]
-            yield start, z
-            start += len(z)
-
-    def of(self, *parts: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """(numbers [n], readings [n, d]) of the stimuli of these parts, at most BLOCK at a time."""
-        for start, z in self.blocks():
+                z = file.get_slice("readings")[:, self.position]
             inside = np.flatnonzero(np.isin(self.part[start : start + len(z)], parts))
             for first in range(0, len(inside), BLOCK):
                 rows = inside[first : first + BLOCK]
-                yield start + rows, z[torch.from_numpy(rows), 0]
+                yield start + rows, z[torch.from_numpy(rows)]
+            start += len(z)
 
 
 class Shown(NamedTuple):
@@ -204,35 +201,49 @@ class Shown(NamedTuple):
         flat = [number for one in each for number in sorted(one)]
         return cls(ends, np.array(flat, dtype=np.int64))
 
+    def pairs(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(place among `rows`, concept) of every concept that these stimuli show."""
+        first = np.where(rows > 0, self.ends[rows - 1], 0)
+        n = self.ends[rows] - first
+        within = np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)
+        concepts = self.concepts[np.repeat(first, n) + within]
+        return torch.from_numpy(np.repeat(np.arange(len(rows)), n)), torch.from_numpy(concepts)
+
     def matrix(self, rows: np.ndarray, n_concepts: int) -> Tensor:
         """[len(rows), n_concepts] bool, of these stimuli."""
         found = torch.zeros(len(rows), n_concepts, dtype=torch.bool)
-        for at, row in enumerate(rows.tolist()):
-            found[at, self.concepts[self.ends[row - 1] if row else 0 : self.ends[row]]] = True
+        found[self.pairs(rows)] = True
         return found
 
 
-def directions_of(
-    readings: Readings, links: pd.DataFrame, concept_ids: Sequence[str], ids: Sequence[str], parts: set[int]
-) -> Tensor:
-    """Directions from the stimuli of some parts alone, [n_concepts, d] float32; zero where those do not do.
+class Sums(NamedTuple):
+    """Sums over what shows each concept, about the same point as `Moments`."""
 
-    Args:
-        readings: Of the layer.
-        links: Columns concept_id, stimulus_id, role, part.
-        concept_ids: The dictionary's, in order.
-        ids: Stimulus of each reading.
-        parts: Those whose stimuli count.
-    """
-    links = links[links["part"].isin(parts) & links["stimulus_id"].isin(ids)]
-    both = links.groupby("concept_id")["role"].nunique() == 2
-    have = [i for i, concept_id in enumerate(concept_ids) if both.get(concept_id, False)]
-    width = next(readings.blocks())[1].shape[-1]
-    found = torch.zeros(len(concept_ids), width)
-    if have:
-        chosen = [concept_ids[i] for i in have]
-        found[have] = contrast(chosen, links, ids, readings.blocks()).directions[0]
-    return found
+    total: Tensor
+    """[n_concepts, d] float64."""
+    n: Tensor
+    """[n_concepts] how many."""
+
+    def directions(self, mean: Tensor) -> Tensor:
+        """Mean of what shows a concept minus that of all, [n_concepts, d]; zero of what nothing shows.
+
+        Args:
+            mean: [d], of all, about the same point.
+        """
+        found = self.total / self.n[:, None] - mean
+        return torch.where(self.n[:, None] > 0, found, 0.0)
+
+
+def class_sums(readings: "Readings", shown: Shown, n_concepts: int, about: Tensor, *parts: int) -> Sums:
+    """Sums over the stimuli of some parts."""
+    total = torch.zeros(n_concepts, len(about), dtype=torch.float64)
+    counts = torch.zeros(n_concepts, dtype=torch.int64)
+    for rows, z in readings.of(*parts):
+        place, concept = shown.pairs(rows)
+        for some in torch.arange(len(place)).split(CHUNK):
+            total.index_add_(0, concept[some], z[place[some]].double() - about)
+        counts += concept.bincount(minlength=n_concepts)
+    return Sums(total, counts)
 
 
 # From which score on.
@@ -286,9 +297,7 @@ class Calibrated(NamedTuple):
     """What the stage finds of one layer."""
 
     recogniser: Recogniser
-    """For the dictionary's own directions."""
-    directions: Tensor
-    """[n_concepts, d], those without held-out stimuli."""
+    """What tells the concepts."""
     shrinkage: float
     """See `Shrunk`."""
     n: int
@@ -296,28 +305,17 @@ class Calibrated(NamedTuple):
 
 
 def calibrate(
-    readings: Readings,
-    shown: Shown,
-    links: pd.DataFrame,
-    concept_ids: Sequence[str],
-    ids: Sequence[str],
-    directions: Tensor,
-    *,
-    folds: int,
-    min_precision: float,
+    readings: Readings, shown: Shown, n_concepts: int, *, folds: int, min_precision: float
 ) -> Calibrated:
-    """Statistics of a layer's readings, and thresholds; nothing that is held out has a part in it.
+    """Discriminants and thresholds of a layer; nothing that is held out has a part in them.
 
-    Every stimulus is scored by directions and a covariance that it has no part in (its fold is left out): of
-    those it has a part in, it would have too high a score where concepts have few positives.
+    Every stimulus is scored by discriminants and a covariance that it has no part in (its fold is left out):
+    of those it has a part in, it would have too high a score where few show a concept.
 
     Args:
         readings: Of the layer.
         shown: What each reading's stimulus shows.
-        links: Columns concept_id, stimulus_id, role, part.
-        concept_ids: The dictionary's, in order.
-        ids: Stimulus of each reading.
-        directions: [n_concepts, d], the dictionary's.
+        n_concepts: How many concepts there are.
         folds: Parts that are left out in turn.
         min_precision: How often a name must be right.
 
@@ -330,32 +328,38 @@ def calibrate(
     total = sums[0]
     for more in sums[1:]:
         total = total.plus(more)
-    whole = shrunk(total, about)
-    counts, distances = Counts(len(concept_ids)), []
+    whole, of_all = shrunk(total, about), class_sums(readings, shown, n_concepts, about, *parts)
+    counts, distances = Counts(n_concepts), []
     for part, own in enumerate(sums):
         if not own.n:
             continue
         others = shrunk(total.plus(own, -1), about)
-        d = directions_of(readings, links, concept_ids, ids, {*parts} - {part})
-        one = recogniser_of(others, d, None, float("inf"))
+        left_out = class_sums(readings, shown, n_concepts, about, part)
+        known = Sums(of_all.total - left_out.total, of_all.n - left_out.n)
+        one = _recogniser(others, known.directions(others.mean - about), None, float("inf"))
         for rows, z in readings.of(part):
-            counts.add(one.scores(d, z), shown.matrix(rows, len(concept_ids)))
+            scores = one.scores(z).masked_fill(known.n == 0, torch.nan)
+            counts.add(scores, shown.matrix(rows, n_concepts))
             distances.append(one.distance(z))
     usual = float(np.quantile(torch.cat(distances).numpy(), USUAL))
-    found = recogniser_of(whole, directions, counts.thresholds(min_precision), usual)
-    trained = directions_of(readings, links, concept_ids, ids, {*parts})
-    return Calibrated(found, trained, whole.shrinkage, total.n)
+    directions = of_all.directions(whole.mean - about)
+    found = _recogniser(whole, directions, counts.thresholds(min_precision), usual)
+    return Calibrated(found, whole.shrinkage, total.n)
 
 
-def recogniser_of(
+def _recogniser(
     statistics: Shrunk, directions: Tensor, thresholds: pd.DataFrame | None, usual: float
 ) -> Recogniser:
-    """A recogniser of these directions, stored in float32; without thresholds it only scores."""
-    inverse = statistics.inverse.float().contiguous()
-    table = pd.DataFrame({"spread": spreads(directions, inverse).numpy()})
-    for name in MEASURED[1:]:
-        table[name] = np.nan if thresholds is None else thresholds[name]
-    return Recogniser(statistics.mean.float(), inverse, measured(table), usual)
+    """A recogniser stored in float32; without thresholds it only scores."""
+    if thresholds is None:
+        thresholds = pd.DataFrame(np.nan, index=range(len(directions)), columns=list(MEASURED))
+    return Recogniser(
+        statistics.mean.float(),
+        statistics.inverse.float().contiguous(),
+        discriminants(directions, statistics.inverse).float(),
+        measured(thresholds),
+        usual,
+    )
 
 
 def _mean(readings: Readings, parts: Sequence[int]) -> Tensor:
@@ -383,25 +387,17 @@ def _sums(readings: Readings, part: int, about: Tensor) -> Moments:
 
 def load_recognisers(folder: Path) -> dict[int, Recogniser]:
     """What the stage found, by layer; empty where the recipe wants none."""
-    return {
-        layer: _load(folder, layer) for layer in json.loads((folder / "facts.json").read_text())["layers"]
-    }
+    layers = json.loads((folder / "facts.json").read_text("utf-8"))["layers"]
+    return {layer: load_recogniser(folder, layer) for layer in layers}
 
 
-def _load(folder: Path, layer: int) -> Recogniser:
+def load_recogniser(folder: Path, layer: int) -> Recogniser:
+    """What the stage found of one layer."""
     shard = folder / "shards" / shard_name(layer)
     tensors = load_file(shard / "statistics.safetensors")
-    table = measured(read_table(shard / "concepts.parquet", RECOGNITION).to_pandas())
+    table = read_table(shard / "concepts.parquet", recognition_schema(len(tensors["mean"])))
     usual = json.loads((shard / "facts.json").read_text("utf-8"))["usual"]
-    return Recogniser(tensors["mean"], tensors["inverse"], table, usual)
-
-
-def without_held_out(folder: Path, layer: int) -> tuple[Recogniser, Tensor]:
-    """The recogniser of a layer for directions [n_concepts, d] that held-out stimuli have no part in."""
-    one, shard = _load(folder, layer), folder / "shards" / shard_name(layer)
-    directions = load_file(shard / "statistics.safetensors")["directions"]
-    table = one.concepts.assign(spread=spreads(directions, one.inverse).float().numpy())
-    return Recogniser(one.mean, one.inverse, table, one.usual), directions
+    return recogniser_of(table, tensors["mean"], tensors["inverse"], usual)
 
 
 def shard_name(layer: int) -> str:
@@ -426,67 +422,55 @@ def captions_of(corpus: Path, ids: Sequence[str]) -> list[str]:
 
 def run(work: Work) -> None:
     """The stage: a shard a layer."""
-    config = work.recipe.recognition
-    dictionary = load_dictionary(work.upstream("polarity"), work.upstream("directions"))
-    layers = dictionary.layers if config.min_precision else []
+    config, source = work.recipe.recognition, work.upstream("activations")
+    concepts = read_table(work.upstream("polarity") / "concepts.parquet", CONCEPTS).to_pandas()
+    layers = read_facts(source)["layers"] if config.min_precision else []
     if layers:
-        _calibrate_layers(work, dictionary)
-    facts = {
-        str(layer): json.loads((work.folder / "shards" / shard_name(layer) / "facts.json").read_text("utf-8"))
-        for layer in layers
-    }
+        _calibrate_layers(work, concepts, layers)
+    named = sum(_facts(work.folder, layer)["named"] for layer in layers)
     write_atomic(work.folder / "facts.json", canonical_json({"layers": layers}))
-    named = sum(one["named"] for one in facts.values())
-    n = len(layers) * len(dictionary)
+    n = len(layers) * len(concepts)
     work.finish({"in": n, "out": named, "skipped": {"never_right_enough": n - named}})
 
 
-def _calibrate_layers(work: Work, dictionary: ConceptDictionary) -> None:
-    config, source = work.recipe.recognition, work.upstream("activations")
-    shards = with_readings(sorted((source / "shards").iterdir()))
+def _facts(folder: Path, layer: int) -> dict[str, Any]:
+    return dict(json.loads((folder / "shards" / shard_name(layer) / "facts.json").read_text("utf-8")))
+
+
+def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int]) -> None:
+    config = work.recipe.recognition
+    shards = with_readings(sorted((work.upstream("activations") / "shards").iterdir()))
     ids = reading_ids(shards)
-    concept_ids = dictionary.concepts["concept_id"].tolist()
-    links = read_table(work.upstream("stimuli") / "links.parquet", LINKS)
-    frame = links.select(["concept_id", "stimulus_id", "role"]).to_pandas()
-    parts = {i: part_of(i, work.recipe.sae.holdout, config.folds) for i in ids}
-    frame["part"] = frame["stimulus_id"].map(parts)
-    said = Said(dictionary.concepts["concept"].tolist())
-    shown = _shown(frame, concept_ids, ids, [said.of(c) for c in captions_of(work.upstream("corpus"), ids)])
-    for position, layer in enumerate(work.progress(read_facts(source)["layers"], unit="layer")):
+    part = np.array([part_of(i, work.recipe.sae.holdout, config.folds) for i in ids])
+    shown = _shown(work, concepts, ids)
+    for position, layer in enumerate(work.progress(layers, unit="layer")):
         if work.has(shard_name(layer)):
             continue
-        readings = Readings(shards, position, np.array([parts[i] for i in ids]))
+        readings = Readings(shards, position, part)
         found = calibrate(
-            readings,
-            shown,
-            frame,
-            concept_ids,
-            ids,
-            dictionary.raw(layer),
-            folds=config.folds,
-            min_precision=config.min_precision,
+            readings, shown, len(concepts), folds=config.folds, min_precision=config.min_precision
         )
-        with work.shard(shard_name(layer)) as folder, writing(f"how the readings of layer {layer} vary"):
-            _write(folder, dictionary, found)
+        with work.shard(shard_name(layer)) as folder, writing(f"what tells the concepts of layer {layer}"):
+            _write(folder, concepts, found)
 
 
-def _shown(
-    links: pd.DataFrame, concept_ids: Sequence[str], ids: Sequence[str], said: Sequence[set[int]]
-) -> Shown:
+def _shown(work: Work, concepts: pd.DataFrame, ids: Sequence[str]) -> Shown:
     """A stimulus shows what its caption names, and the concepts that it is a positive of."""
-    number, place = ({name: i for i, name in enumerate(names)} for names in (concept_ids, ids))
-    positive = links[(links["role"] == "positive") & links["stimulus_id"].isin(place)]
-    for concept_id, stimulus_id in positive[["concept_id", "stimulus_id"]].itertuples(index=False):
-        if concept_id in number:
-            said[place[stimulus_id]].add(number[concept_id])
-    return Shown.of(said)
+    said = Said(concepts["concept"].tolist())
+    found = [said.of(caption) for caption in captions_of(work.upstream("corpus"), ids)]
+    number, place = ({name: i for i, name in enumerate(names)} for names in (concepts["concept_id"], ids))
+    links = read_table(work.upstream("stimuli") / "links.parquet", LINKS)
+    columns = (links.column(name).to_pylist() for name in ("concept_id", "stimulus_id", "role"))
+    for concept_id, stimulus_id, role in zip(*columns, strict=True):
+        if role == "positive" and concept_id in number and stimulus_id in place:
+            found[place[stimulus_id]].add(number[concept_id])
+    return Shown.of(found)
 
 
-def _write(folder: Path, dictionary: ConceptDictionary, found: Calibrated) -> None:
+def _write(folder: Path, concepts: pd.DataFrame, found: Calibrated) -> None:
     one = found.recogniser
-    tensors = {"mean": one.mean, "inverse": one.inverse, "directions": found.directions}
-    save_file(tensors, folder / "statistics.safetensors")
-    write_table(folder / "concepts.parquet", recognition_table(dictionary.concepts, one))
+    save_file({"mean": one.mean, "inverse": one.inverse}, folder / "statistics.safetensors")
+    write_table(folder / "concepts.parquet", recognition_table(concepts, one))
     facts: dict[str, Any] = {"usual": one.usual, "shrinkage": found.shrinkage, "n_readings": found.n}
     facts["named"] = int(one.concepts["threshold"].notna().sum())
     write_atomic(folder / "facts.json", canonical_json(facts))

@@ -49,11 +49,11 @@ from daco.tables import (
     CONCEPTS,
     LINKS,
     MAX_VECTOR_ROWS,
-    RECOGNITION,
     STIMULI,
     directions_schema,
     parquet_writer,
     read_table,
+    recognition_schema,
     statistics_schema,
 )
 
@@ -258,15 +258,22 @@ def directions_split(
 
 
 def recognition_splits(dictionary: ConceptDictionary, layer: int, model: str, one: Recogniser) -> list[Split]:
-    """How the readings of one layer vary, and from which score on its concepts are named."""
-    split, d = f"layer_{layer}", dictionary.model.hidden_size
-    table = recognition_table(dictionary.concepts, one)
-    statistics, rows = statistics_table(one), min(MAX_VECTOR_ROWS, max(1, GROUP_BYTES // (4 * d)))
-    parts = (statistics.slice(i, rows) for i in range(0, d, rows))
+    """What tells the concepts of one layer, and how its readings vary."""
+    d = dictionary.model.hidden_size
+    tables = {
+        "recognition": (recognition_table(dictionary.concepts, one), recognition_schema(d)),
+        "statistics": (statistics_table(one), statistics_schema(d)),
+    }
     return [
-        table_split(f"recognition_{model}", table, RECOGNITION)._replace(split=split),
-        Split(f"statistics_{model}", split, statistics_schema(d), parts, d, statistics.nbytes, rows),
+        _vectors_split(f"{name}_{model}", layer, table, schema) for name, (table, schema) in tables.items()
     ]
+
+
+def _vectors_split(config: str, layer: int, table: pa.Table, schema: pa.Schema) -> Split:
+    """A table with a vector a row."""
+    rows = min(MAX_VECTOR_ROWS, max(1, GROUP_BYTES * len(table) // table.nbytes))
+    parts = (table.slice(i, rows) for i in range(0, len(table), rows))
+    return Split(config, f"layer_{layer}", schema, parts, len(table), table.nbytes, rows)
 
 
 def _directions(frame: pd.DataFrame, vectors: Any, schema: pa.Schema) -> pa.Table:

@@ -34,7 +34,7 @@ CONFIG_NOTES = {
     "links": "one row per concept and stimulus: positives with their rank and distance, negatives",
     "concepts": "one row per concept, in dictionary order",
     "directions": "one row per concept, one split per layer: the concept's raw direction",
-    "recognition": "one row per concept, one split per layer: from which score on it is named, how rightly",
+    "recognition": "one row per concept, one split per layer: what tells it from a reading, and how well",
     "statistics": "one row per dimension, one split per layer: mean and inverse covariance of readings",
 }
 """What a row of each config is; `directions_<model>` and the like share one note."""
@@ -72,10 +72,10 @@ OF_MODELS = ("tokens", "sae", "atoms", "tune", "evaluate")
 
 EVALUATION_NOTES = {
     "chance": "share of all concepts that a caption names",
-    "precision": "share of the names given by `ConceptDictionary.recognise` that the caption says",
-    "recall": "share of what captions name that it gives",
-    "atoms_precision": "the same of the concepts nearest to the atoms that fire at the same token",
-    "atoms_recall": "likewise; an atom's name says which side it takes, hardly what is shown",
+    "atoms_precision": "share of the concepts nearest to atoms that fire (last token) that captions say",
+    "atoms_recall": "share of what captions say that those are: atoms tell sides apart, hardly what is shown",
+    "recognised_precision": "share of the concepts that the dictionary recognises that captions say",
+    "recognised_recall": "share of what captions say that it recognises",
     "fve": "variance explained on held-out tokens",
     "fve_at_start": "the same before training",
     "l0": "atoms active per token",

@@ -49,7 +49,7 @@ class ConceptDictionary:
     baseline: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """By layer: mean reading of negatives `[d_model]`; empty where the release does not hold it."""
     recognisers: dict[int, Recogniser] = field(default_factory=dict, repr=False)
-    """By layer: how readings vary, for `recognise`; empty where the release does not hold it."""
+    """By layer: what tells concepts from readings, for `recognise`; empty where it was not loaded."""
     reading: str = "last"
     """Where in the prompt stimuli were read."""
     sources: list[dict[str, str]] = field(default_factory=list)
@@ -98,6 +98,7 @@ class ConceptDictionary:
         *,
         revision: str | None = None,
         layers: Sequence[int] | None = None,
+        recognition: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -109,6 +110,7 @@ class ConceptDictionary:
             model: Short name of the model, as in `directions_<model>`; may be left out when there is one.
             revision: Tag, branch or commit; None is the newest release.
             layers: Only these layers; None is all.
+            recognition: Load what `recognise` needs, too, where the release holds it: more than as much.
             token: As in huggingface_hub.
             cache_dir: As in huggingface_hub.
             local_files_only: Use the cache alone.
@@ -128,7 +130,7 @@ class ConceptDictionary:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return cls(**read_dictionary(snapshot, model, layers))
+        return cls(**read_dictionary(snapshot, model, layers, recognition))
 
     def save_pretrained(
         self, folder: str | Path, *, name: str = "dictionary", model: str = "model", version: str = "1.0.0"
@@ -330,11 +332,12 @@ class ConceptDictionary:
     ) -> pd.DataFrame:
         """Which concepts readings show, as far as they are like the stimuli this dictionary was read from.
 
-        An atom's name says which side it takes, not what is shown. This reads directions over the covariance
-        of readings (Fisher's discriminant), and names a concept from the score on at which the name was right
-        as often as the recipe asked for (by default half the time) among training stimuli left out in turn.
-        That holds for captioned pictures like those: a reading that is farther from them than 99 % of them
-        is named nothing, which `notes` say. A prompt of another kind, say a question, often is.
+        An atom's name says which side it takes, not what is shown. This has a linear discriminant for each
+        concept (what readings that show it have more of, over the covariance of readings), and names it from
+        the score on at which the name was right as often as the recipe asked for (by default half the time),
+        among training stimuli left out in turn. That holds for captioned pictures like those: a reading that
+        is farther from their mean than 99 % of them is named nothing, which `notes` say. Questions are; of
+        requests that are not far, fewer names are right than of captions.
 
         Args:
             readings: By layer: `[n_readings, d_model]`, as `read` returns. Each layer is read by itself.
@@ -348,13 +351,14 @@ class ConceptDictionary:
             usual.
 
         Raises:
-            FormatError: the release does not hold how readings vary.
+            FormatError: the release does not hold what that takes, or it was not loaded.
             UnknownLayerError: a layer for which it does not.
             ModelMismatchError: readings of another width.
             ActivationError: a reading is NaN or infinite.
             ValueError: `n` is below 1.
 
         Example:
+            >>> dictionary = ConceptDictionary.from_pretrained(repo, recognition=True)  # doctest: +SKIP
             >>> readings = dictionary.read(model, processor, captions, images)  # doctest: +SKIP
             >>> dictionary.recognise(readings, n=5)  # doctest: +SKIP
         """

@@ -22,7 +22,7 @@ from daco.errors import (
     UnknownConceptError,
     UnknownLayerError,
 )
-from daco.recognition import Recogniser, measured
+from daco.recognition import Recogniser
 from daco.tables import CONCEPTS, POLARITIES
 
 if TYPE_CHECKING:
@@ -332,16 +332,21 @@ def _recogniser(
     Its thresholds hold where its readings vary as ours do; else its concepts have scores and none.
     """
     own = len(ours.concepts)
-    found = ours.grown(vectors[own:]) if n_new else ours
-    table = found.concepts.copy()
     at = np.concatenate([mine, np.arange(own, own + n_new)]).astype(np.int64)
     if theirs is not None and ours.same_scale(theirs):
         new = np.setdiff1d(np.arange(len(theirs.concepts)), other)
-        source = theirs.concepts.iloc[np.concatenate([other[: len(mine)], new]).astype(np.int64)]
+        source = theirs.rows(np.concatenate([other[: len(mine)], new]).astype(np.int64))
     else:
-        source = ours.rows([]).grown(vectors[torch.as_tensor(at)]).concepts
-    table.iloc[at] = source.to_numpy()
-    return dataclasses.replace(found, concepts=measured(table))
+        source = ours.rows(at[:0]).grown(vectors[torch.as_tensor(at)])
+    order = np.concatenate([np.setdiff1d(np.arange(own), mine), at])
+    both = dataclasses.replace(
+        ours,
+        vectors=torch.cat([ours.rows(order[: own - len(mine)]).vectors, source.vectors]),
+        concepts=pd.concat(
+            [ours.concepts.iloc[order[: own - len(mine)]], source.concepts], ignore_index=True
+        ),
+    )
+    return both.rows(np.argsort(order))
 
 
 # What tells two apart.

@@ -23,9 +23,9 @@ from daco.recognition import MEASURED, Recogniser, measured
 from daco.sites import ModelFacts
 from daco.tables import (
     CONCEPTS,
-    RECOGNITION,
     directions_schema,
     read_table,
+    recognition_schema,
     statistics_schema,
     write_table,
 )
@@ -47,7 +47,9 @@ def read_concepts(snapshot: Snapshot) -> pd.DataFrame:
     return concepts
 
 
-def read_dictionary(snapshot: Snapshot, model: str | None, layers: Collection[int] | None) -> dict[str, Any]:
+def read_dictionary(
+    snapshot: Snapshot, model: str | None, layers: Collection[int] | None, recognition: bool = False
+) -> dict[str, Any]:
     """Arguments of `ConceptDictionary`, from a dataset release; see its `from_pretrained`."""
     name = _choose(snapshot, model)
     facts = snapshot.manifest["models"][name]
@@ -58,7 +60,7 @@ def read_dictionary(snapshot: Snapshot, model: str | None, layers: Collection[in
     ids, width = concepts["concept_id"].tolist(), model_facts.hidden_size
     wanted = _chosen(facts["layers"], layers, snapshot.name)
     baseline = _baseline(snapshot, name, width)
-    recognised = [layer for layer in wanted if str(layer) in facts.get("usual", {})]
+    recognised = [layer for layer in wanted if recognition and str(layer) in facts.get("usual", {})]
     return {
         "concepts": concepts,
         "vectors": {layer: _vectors(snapshot, name, layer, ids, width) for layer in wanted},
@@ -134,20 +136,23 @@ def _baseline(snapshot: Snapshot, name: str, d_model: int) -> dict[int, Tensor]:
 
 
 def _recogniser(snapshot: Snapshot, name: str, layer: int, ids: list[str], d_model: int) -> Recogniser:
-    """How the readings of a layer vary, and the thresholds of its concepts."""
+    """How the readings of a layer vary, and what tells its concepts."""
     split = f"layer_{layer}"
-    table = _read(snapshot, f"recognition_{name}", split, RECOGNITION)
+    table = _read(snapshot, f"recognition_{name}", split, recognition_schema(d_model))
     if table.column("concept_id").to_pylist() != ids:
         raise FormatError(f"recognition_{name}/{split}: expected the rows of `concepts` in order, got others")
     statistics = _read(snapshot, f"statistics_{name}", split, statistics_schema(d_model))
     if statistics.column("dimension").to_pylist() != list(range(d_model)):
         raise FormatError(f"statistics_{name}/{split}: expected dimensions 0 to {d_model - 1}, got others")
-    return Recogniser(
-        mean=torch.from_numpy(statistics.column("mean").to_numpy().copy()),
-        inverse=_rows(statistics, d_model),
-        concepts=measured(table.select(MEASURED).to_pandas()),
-        usual=float(snapshot.manifest["models"][name]["usual"][str(layer)]),
-    )
+    mean = torch.from_numpy(statistics.column("mean").to_numpy().copy())
+    usual = float(snapshot.manifest["models"][name]["usual"][str(layer)])
+    return recogniser_of(table, mean, _rows(statistics, d_model), usual)
+
+
+def recogniser_of(table: pa.Table, mean: Tensor, inverse: Tensor, usual: float) -> Recogniser:
+    """A recogniser from the rows of a split of config `recognition_<model>` and its statistics."""
+    vectors, concepts = _rows(table, len(mean)), measured(table.select(MEASURED).to_pandas())
+    return Recogniser(mean, inverse, vectors, concepts, usual)
 
 
 # Writing.
@@ -184,8 +189,13 @@ def write_dictionary(
 
 def recognition_table(concepts: pd.DataFrame, one: Recogniser) -> pa.Table:
     """The rows of a split of config `recognition_<model>`; what is not known is null."""
+    schema = recognition_schema(one.vectors.shape[1])
     frame = pd.concat([concepts[["concept_id", "concept"]], one.concepts], axis=1)
-    return pa.Table.from_pandas(frame, schema=RECOGNITION, preserve_index=False)
+    columns = {name: pa.array(frame[name], from_pandas=True) for name in frame.columns}
+    columns["vector"] = vector_column(one.vectors)
+    return pa.table(
+        {name: columns[name].cast(schema.field(name).type) for name in schema.names}, schema=schema
+    )
 
 
 def statistics_table(one: Recogniser) -> pa.Table:

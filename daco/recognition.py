@@ -1,4 +1,4 @@
-"""Which concepts a reading shows: directions over the covariance of readings, each with a threshold.
+"""Which concepts a reading shows: a discriminant for each concept, and from which score on to name it.
 
 Behind `ConceptDictionary.recognise`; reads and writes nothing. A direction alone, or an atom that starts as
 one, tells on which side of a contrast a reading lies, with all that concepts share. Over the covariance of
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from daco.errors import ActivationError, FormatError, ModelMismatchError, UnknownLayerError
-from daco.tables import RECOGNITION
 
 if TYPE_CHECKING:
     from daco.dictionary import ConceptDictionary
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 COLUMNS = ("reading", "layer", "concept_id", "concept", "polarity", "score", "threshold", "precision")
 """Columns of `ConceptDictionary.recognise`."""
 
-MEASURED = tuple(name for name in RECOGNITION.names if name not in ("concept_id", "concept"))
-"""What is known of each concept of a layer, beside its name."""
+MEASURED = ("threshold", "n_shown", "precision", "recall")
+"""What is known of each concept of a layer; see `daco.tables.recognition_schema`."""
 
 BLOCK = 1_024
 """Concepts at a time, which bounds the room that float64 takes."""
@@ -32,7 +31,7 @@ BLOCK = 1_024
 
 @dataclass(frozen=True)
 class Recogniser:
-    """How the readings of one layer vary, and from which score on each concept counts as shown.
+    """How the readings of one layer vary, and what tells of each concept whether a reading shows it.
 
     Raises:
         FormatError: the parts do not go together, or hold what is not finite.
@@ -42,6 +41,8 @@ class Recogniser:
     """[d_model], mean reading."""
     inverse: Tensor = field(repr=False)
     """[d_model, d_model], inverse of the covariance of readings (shrunk, see `builders.recognition`)."""
+    vectors: Tensor = field(repr=False)
+    """[n_concepts, d_model], discriminants; see `discriminants`."""
     concepts: pd.DataFrame = field(repr=False)
     """One row a concept in the dictionary's order, columns MEASURED; a concept whose `threshold` is missing
     is never named."""
@@ -49,40 +50,35 @@ class Recogniser:
     """Distance that 99 % of readings do not exceed (see `distance`): of others nothing is known."""
 
     def __post_init__(self) -> None:
-        d = len(self.mean)
-        if self.mean.ndim != 1 or tuple(self.inverse.shape) != (d, d):
-            shapes = [list(self.mean.shape), list(self.inverse.shape)]
-            raise FormatError(f"expected statistics of shapes [d] and [d, d], got {shapes}")
-        if not bool(self.mean.isfinite().all() and self.inverse.isfinite().all()) or not self.usual > 0:
+        d = self.mean.shape[-1]
+        shapes = [list(x.shape) for x in (self.mean, self.inverse, self.vectors)]
+        if shapes != [[d], [d, d], [len(self.concepts), d]]:
+            raise FormatError(
+                f"expected statistics of shapes [d], [d, d] and [{len(self.concepts)}, d], got {shapes}"
+            )
+        finite = all(bool(x.isfinite().all()) for x in (self.mean, self.inverse, self.vectors))
+        if not finite or not self.usual > 0:
             raise FormatError("expected statistics of readings that are finite, got others; build them again")
 
     def distance(self, z: Tensor) -> Tensor:
         """How far readings `[n, d_model]` are from the mean one, `[n]` float64; 1 is what is usual.
 
-        `(z - mean) Sigma^-1 (z - mean) / d_model`, the squared Mahalanobis distance a dimension.
+        `(z - mean) S^-1 (z - mean) / d_model`, the squared Mahalanobis distance a dimension.
         """
         apart = z.double() - self.mean.double()
         return (apart @ self.inverse.double() * apart).sum(1) / apart.shape[1]
 
-    def scores(self, directions: Tensor, z: Tensor) -> Tensor:
+    def scores(self, z: Tensor) -> Tensor:
         """How much of each concept readings show, in standard deviations above what readings have on average.
 
-        `d Sigma^-1 (z - mean) / sqrt(d Sigma^-1 d)`: Fisher's linear discriminant. Sigma is the covariance of
-        all readings: that within the classes gives the same line, as the two differ by a multiple of `d d^T`.
-
         Args:
-            directions: [n_concepts, d_model], raw, those of the dictionary.
             z: [n, d_model], readings.
 
         Returns:
             [n, n_concepts] float64.
-
-        Source: Fisher, Annals of Eugenics 7 (1936).
         """
-        apart = (z.double() - self.mean.double()) @ self.inverse.double()
-        spread = torch.from_numpy(self.concepts["spread"].to_numpy(np.float64))
-        parts = [apart @ rows.double().T for rows in torch.split(directions, BLOCK)]
-        return torch.cat(parts, 1) / spread
+        apart = z.double() - self.mean.double()
+        return torch.cat([apart @ rows.double().T for rows in torch.split(self.vectors, BLOCK)], 1)
 
     def over(self, scores: Tensor, distance: Tensor | None) -> Tensor:
         """By how much scores [n, n_concepts] exceed their thresholds: what is at least 0 is shown.
@@ -91,29 +87,50 @@ class Recogniser:
             scores: Of `scores`.
             distance: Of `distance`: of readings that are not usual nothing is; None: take all for usual.
         """
-        threshold = torch.from_numpy(self.concepts["threshold"].to_numpy(np.float64))
+        threshold = torch.tensor(self.concepts["threshold"].to_numpy(np.float64))
         found = torch.nan_to_num(scores - threshold, nan=-torch.inf)
         return found if distance is None else found.masked_fill((distance > self.usual)[:, None], -torch.inf)
 
     def rows(self, index: Any) -> "Recogniser":
         """The recogniser of these concepts, in this order."""
-        return replace(self, concepts=self.concepts.iloc[index].reset_index(drop=True))
+        vectors = self.vectors[torch.as_tensor(np.asarray(index), dtype=torch.int64)]
+        return replace(self, vectors=vectors, concepts=self.concepts.iloc[index].reset_index(drop=True))
 
     def grown(self, directions: Tensor) -> "Recogniser":
         """The recogniser with further concepts behind the others, which have scores and no threshold."""
-        new = pd.DataFrame({"spread": spreads(directions, self.inverse).numpy()}, columns=list(MEASURED))
-        return replace(self, concepts=measured(pd.concat([self.concepts, measured(new)], ignore_index=True)))
+        new = pd.DataFrame(np.nan, index=range(len(directions)), columns=list(MEASURED))
+        return replace(
+            self,
+            vectors=torch.cat([self.vectors, discriminants(directions, self.inverse).float()]),
+            concepts=measured(pd.concat([self.concepts, measured(new)], ignore_index=True)),
+        )
 
     def same_scale(self, other: "Recogniser") -> bool:
-        """Whether thresholds of the other one hold here."""
+        """Whether what the other one says of a concept holds here."""
         return torch.equal(self.mean, other.mean) and torch.equal(self.inverse, other.inverse)
 
 
-def spreads(directions: Tensor, inverse: Tensor) -> Tensor:
-    """Standard deviation of `d Sigma^-1 z` over readings, `sqrt(d Sigma^-1 d)`, [n_concepts] float64."""
-    matrix = inverse.double()
-    parts = [(rows.double() @ matrix * rows.double()).sum(1) for rows in torch.split(directions, BLOCK)]
-    return torch.cat(parts).sqrt()
+def discriminants(directions: Tensor, inverse: Tensor) -> Tensor:
+    """`S^-1 d / sqrt(d S^-1 d)`: times a reading, what tells a concept best, of standard deviation 1.
+
+    S is the covariance of all readings: that within classes gives the same line, as the two differ by a
+    multiple of `d d^T`.
+
+    Args:
+        directions: [n_concepts, d_model], mean reading of what shows a concept minus that of others.
+        inverse: [d_model, d_model], of S.
+
+    Returns:
+        [n_concepts, d_model] float64; zero where a direction is.
+
+    Source: Fisher, Annals of Eugenics 7 (1936).
+    """
+    matrix, found = inverse.double(), []
+    for rows in torch.split(directions, BLOCK):
+        lines = rows.double() @ matrix
+        spread = (lines * rows.double()).sum(1, keepdim=True).sqrt()
+        found.append(torch.where(spread > 0, lines / spread, 0.0))
+    return torch.cat(found)
 
 
 def measured(table: pd.DataFrame) -> pd.DataFrame:
@@ -129,8 +146,8 @@ def recognise(
     """See `ConceptDictionary.recognise`."""
     if not dictionary.recognisers:
         raise FormatError(
-            "expected a dictionary that holds how readings vary, got none: releases of formats before 1.3 do "
-            "not, nor those built with recognition.min_precision = 0; build it again"
+            "expected a dictionary that tells what is shown, got another: load it with recognition=True; "
+            "releases of formats before 1.3 do not hold it, nor do those of recognition.min_precision = 0"
         )
     if n is not None and n < 1:
         raise ValueError(f"n: expected at least 1, got {n}")
@@ -161,7 +178,7 @@ def _layer(
 ) -> tuple[pd.DataFrame, list[str]]:
     """What the readings of one layer show, the highest over its threshold first; which are not usual."""
     one = dictionary.recognisers[layer]
-    scores, distance = one.scores(dictionary.raw(layer), z), one.distance(z)
+    scores, distance = one.scores(z), one.distance(z)
     far = (distance > one.usual).nonzero().flatten().tolist()
     over = one.over(scores, None if unusual_ok else distance)
     ordered = over.sort(dim=1, descending=True, stable=True)

@@ -203,6 +203,9 @@ class SteeringSAE:
     ) -> pd.DataFrame:
         """Which atoms fire on inputs, and how strongly; nothing is steered.
 
+        An atom's name says which side it takes, hardly what is shown, which
+        `ConceptDictionary.recognise` tells.
+
         Args:
             model: The transformers model these SAEs belong to.
             inputs: What `model(**inputs)` takes, a batch or one row; moved to the model's device.

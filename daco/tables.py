@@ -86,21 +86,6 @@ ATOMS_MORE = pa.schema(
 centroid of a group of concepts of one polarity, and which group; firing rate by what a token belongs to;
 held-out stimuli that fire it most."""
 
-RECOGNITION = pa.schema(
-    [
-        ("concept_id", pa.string()),
-        ("concept", pa.string()),
-        ("spread", pa.float32()),
-        ("threshold", pa.float32()),
-        ("n_shown", pa.int32()),
-        ("precision", pa.float32()),
-        ("recall", pa.float32()),
-    ]
-)
-"""One row per concept of one layer: standard deviation of its raw score over readings; the score, in these,
-from which on it is named (null: never); of the training stimuli that show it, how many there were; precision
-and recall of the name among training stimuli that the reading was not made from."""
-
 POLARITIES = ("desirable", "undesirable", "neutral")
 
 MAX_VECTOR_ROWS = 25_000
@@ -117,6 +102,26 @@ def directions_schema(d_model: int) -> pa.Schema:
             ("norm", pa.float32()),
             ("n_positive", pa.int32()),
             ("n_negative", pa.int32()),
+        ]
+    )
+
+
+def recognition_schema(d_model: int) -> pa.Schema:
+    """One row per concept of one layer, what tells from a reading whether it is shown.
+
+    `vector` times (reading - mean) is its score, in standard deviations; `threshold` the score from which on
+    it is named (null: never); `n_shown` how many training stimuli show it; `precision` and `recall` those of
+    its name among training stimuli that were left out in turn (null: never named).
+    """
+    return pa.schema(
+        [
+            ("concept_id", pa.string()),
+            ("concept", pa.string()),
+            ("vector", pa.list_(pa.float32(), d_model)),
+            ("threshold", pa.float32()),
+            ("n_shown", pa.int32()),
+            ("precision", pa.float32()),
+            ("recall", pa.float32()),
         ]
     )
 

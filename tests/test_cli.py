@@ -1,5 +1,6 @@
 """Proves the command line: what it prints, text and JSON; one-line errors; nothing hostile comes through."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -24,10 +25,12 @@ from release_fixture import D_MODEL, LAYERS, N_ATOMS, WORDS, write_dataset_relea
 from test_load import edit_json
 
 import daco
+from builders.mllm import load_mllm
 from daco.cli import app, show
 from daco.cli.conversation import _Stream
 from daco.manifest import MANIFEST
 from daco.prompts import chat_inputs, turn
+from daco.recognition import Recogniser, measured
 from hub.publish import publish
 from hub.remote import Target
 
@@ -201,8 +204,6 @@ def test_concepts_are_searched_and_compared(cli: Daco, folders: Folders, tmp_pat
 
 def explained(folders: Folders, text: str) -> tuple[Any, Any, Any]:
     """Model, SAE and inputs, as `explain` has them."""
-    from builders.mllm import load_mllm
-
     model, processor = load_mllm(folders.base)
     inputs = chat_inputs(processor, [[turn(processor, "user", text, 1)]], [[Image.open(folders.image)]])
     return model, daco.SteeringSAE.from_pretrained(folders.model), inputs
@@ -238,6 +239,53 @@ def test_explain_names_the_atoms_that_fire(cli: Daco, folders: Folders) -> None:
     code, out, _ = cli(*arguments)
     assert code == 0
     assert out.startswith("layer\tatom\tpolarity")
+
+
+def recognising(folders: Folders, folder: Path, usual: float) -> str:
+    """The dictionary, which recognises every second concept whatever is read, of usual readings."""
+    known = daco.ConceptDictionary.from_pretrained(folders.dataset)
+    table = pd.DataFrame({"threshold": [-1e6, 1e6] * 6 + [None], "n_shown": 7})
+    table = measured(table.assign(precision=0.75, recall=0.5))
+    one = Recogniser(torch.zeros(D_MODEL), torch.eye(D_MODEL), torch.ones(13, D_MODEL), table, usual)
+    dataclasses.replace(known, recognisers={1: one, 2: one}).save_pretrained(folder, model="tiny_vl")
+    return str(folder)
+
+
+def test_explain_tells_what_is_shown_beside_the_atoms(cli: Daco, folders: Folders, tmp_path: Path) -> None:
+    arguments = (
+        "explain",
+        folders.model,
+        "--model",
+        folders.base,
+        "-t",
+        "a blue square",
+        "-i",
+        folders.image,
+    )
+    near, far = recognising(folders, tmp_path / "near", 1e9), recognising(folders, tmp_path / "far", 1e-9)
+    found = said(cli(*arguments, "-d", near, "-l", 2, "--json"))
+    assert found["atoms"] == said(cli(*arguments, "-l", 2, "--json"))["atoms"]
+    assert {row["concept"] for row in found["shown"]} == set(WORDS[::2]) - {WORDS[12]}
+    assert {(row["layer"], row["precision"]) for row in found["shown"]} == {(2, 0.75)}
+    known = daco.ConceptDictionary.from_pretrained(near, recognition=True)
+    model, processor = load_mllm(folders.base)
+    with pytest.warns(UserWarning, match="not confirmed"):
+        readings = known.read(model, processor, ["a blue square"], [Image.open(folders.image)])
+    scores = known.recognise({2: readings[2]}).set_index("concept")["score"]
+    for row in found["shown"]:
+        assert row["score"] == pytest.approx(scores[row["concept"]], rel=1e-4)
+    code, out, _ = cli(*arguments, "-d", near)
+    assert code == 0
+    assert out.index("what is shown\nlayer\tconcept\tpolarity\tscore") < out.index(
+        "atoms that fire: a name says"
+    )
+    assert "--dictionary" not in out
+    found = said(cli(*arguments, "-d", far, "--json"))
+    assert found["shown"] == []
+    assert sum("unlike the stimuli" in note for note in found["notes"]) == 2
+    assert "nothing that can be named" in cli(*arguments, "-d", far)[1]
+    refused(cli(*arguments, "-d", folders.dataset), "expected a dictionary that tells what is shown")
+    refused(cli(*arguments, "-i", folders.image, "-d", near), "--dictionary: expected at most one --image")
 
 
 def chat(cli: Daco, folders: Folders, lines: str, *options: str) -> tuple[int, list[dict[str, Any]]]:

@@ -20,8 +20,8 @@ from daco.errors import (
     UnknownLayerError,
 )
 from daco.manifest import file_entry, read_manifest, validate, write_manifest
-from daco.recognition import COLUMNS, MEASURED, Recogniser, measured, spreads
-from daco.tables import RECOGNITION, read_table, write_table
+from daco.recognition import COLUMNS, MEASURED, Recogniser, discriminants, measured
+from daco.tables import read_table, recognition_schema, write_table
 
 D = BASE["hidden_size"]
 NEVER = 4
@@ -36,11 +36,11 @@ def recogniser(directions: Tensor, seed: int) -> Recogniser:
     """Readings that vary by far more along some lines than along others, about a mean far from zero."""
     root = draw(D, D, seed=seed) * torch.logspace(-1, 1, D)
     inverse = torch.linalg.inv((root @ root.T / D + 0.1 * torch.eye(D)).double()).float()
-    table = pd.DataFrame({"spread": spreads(directions, inverse).numpy()})
-    table["threshold"] = np.linspace(0.2, 1.4, len(table))
+    table = pd.DataFrame({"threshold": np.linspace(0.2, 1.4, len(directions))})
     table.loc[NEVER, "threshold"] = np.nan
     table = table.assign(n_shown=7, precision=np.linspace(0.5, 0.9, len(table)), recall=0.25)
-    return Recogniser(50 + draw(D, seed=seed + 1), inverse, measured(table), usual=1.5)
+    vectors = discriminants(directions, inverse).float()
+    return Recogniser(50 + draw(D, seed=seed + 1), inverse, vectors, measured(table), usual=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_what_is_recognised_equals_the_naive_answer(dictionary: ConceptDictionar
     for layer in LAYERS:
         scores, distance = naive(dictionary, layer, given[layer])
         one = dictionary.recognisers[layer]
-        np.testing.assert_allclose(one.scores(dictionary.raw(layer), given[layer]), scores, rtol=1e-5)
+        np.testing.assert_allclose(one.scores(given[layer]), scores, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(one.distance(given[layer]), distance, rtol=1e-9)
         threshold = one.concepts["threshold"].to_numpy()
         for reading in range(17):
@@ -84,7 +84,7 @@ def test_what_is_recognised_equals_the_naive_answer(dictionary: ConceptDictionar
             over = scores[reading] - threshold
             expected = [c for c in np.argsort(-over) if over[c] >= 0] if distance[reading] <= 1.5 else []
             assert list(rows["concept"]) == [WORDS[c] for c in expected]
-            np.testing.assert_allclose(rows["score"], scores[reading][expected], rtol=1e-5)
+            np.testing.assert_allclose(rows["score"], scores[reading][expected], rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(rows["threshold"], threshold[expected])
             np.testing.assert_allclose(rows["precision"], one.concepts["precision"].to_numpy()[expected])
             usual += bool(len(expected))
@@ -120,10 +120,18 @@ def test_blocks_of_concepts_do_not_change_scores(
     dictionary: ConceptDictionary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, z = dictionary.recognisers[1], readings(dictionary, 5)[1]
-    expected = one.scores(dictionary.raw(1), z), spreads(dictionary.raw(1), one.inverse)
+    expected = one.scores(z), discriminants(dictionary.raw(1), one.inverse)
     monkeypatch.setattr("daco.recognition.BLOCK", 4)
-    torch.testing.assert_close(one.scores(dictionary.raw(1), z), expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(spreads(dictionary.raw(1), one.inverse), expected[1])
+    torch.testing.assert_close(one.scores(z), expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(discriminants(dictionary.raw(1), one.inverse), expected[1])
+
+
+def test_a_discriminant_of_nothing_is_zero(dictionary: ConceptDictionary) -> None:
+    one, directions = dictionary.recognisers[1], dictionary.raw(1).clone()
+    directions[2] = 0
+    found = discriminants(directions, one.inverse)
+    assert float(found[2].abs().sum()) == 0
+    torch.testing.assert_close(found[3].float(), one.vectors[3])
 
 
 def test_covariance_of_all_readings_gives_the_line_of_that_within_classes() -> None:
@@ -163,9 +171,11 @@ def test_no_readings_are_no_names(dictionary: ConceptDictionary) -> None:
 
 def test_statistics_that_do_not_fit_are_refused(dictionary: ConceptDictionary) -> None:
     one = dictionary.recognisers[1]
-    with pytest.raises(FormatError, match=r"statistics of shapes \[d\] and \[d, d\]"):
+    with pytest.raises(FormatError, match=r"shapes \[d\], \[d, d\] and \[13, d\]"):
         dataclasses.replace(one, inverse=one.inverse[:-1])
-    for change in ({"usual": float("nan")}, {"mean": one.mean / 0}, {"inverse": one.inverse * torch.nan}):
+    with pytest.raises(FormatError, match=r"shapes \[d\], \[d, d\] and \[13, d\]"):
+        dataclasses.replace(one, vectors=one.vectors[:-1])
+    for change in ({"usual": float("nan")}, {"mean": one.mean / 0}, {"vectors": one.vectors * torch.nan}):
         with pytest.raises(FormatError, match="statistics of readings that are finite"):
             dataclasses.replace(one, **change)
     with pytest.raises(FormatError, match="layer 1: expected 13 concepts and width 32, got 12 and 32"):
@@ -192,8 +202,8 @@ def test_a_new_concept_has_scores_and_no_name(dictionary: ConceptDictionary) -> 
     pd.testing.assert_frame_equal(larger.recognise(given), dictionary.recognise(given))
     for layer in LAYERS:
         one = larger.recognisers[layer]
-        scores = one.scores(larger.raw(layer), given[layer])
-        np.testing.assert_allclose(scores, naive(larger, layer, given[layer])[0], rtol=1e-5)
+        scores = one.scores(given[layer])
+        np.testing.assert_allclose(scores, naive(larger, layer, given[layer])[0], rtol=1e-5, atol=1e-5)
         last = one.concepts.iloc[-1]
         assert np.isnan(last["threshold"])
         assert last["n_shown"] == 0
@@ -212,9 +222,10 @@ def test_thresholds_of_another_dictionary_hold_only_where_readings_vary_alike(
         rows[2] *= -1
     found = {}
     for layer, one in theirs.recognisers.items():
+        turned = discriminants(vectors[layer], one.inverse).float()
         table = one.concepts.assign(threshold=one.concepts["threshold"] + 0.5)
         mean = one.mean if same else one.mean + 1
-        found[layer] = dataclasses.replace(one, concepts=table, mean=mean)
+        found[layer] = dataclasses.replace(one, concepts=table, mean=mean, vectors=turned)
     theirs = dataclasses.replace(theirs, vectors=vectors, recognisers=found)
     merged = ours.merge(theirs, on_conflict=keep).dictionary
     assert list(merged.concepts["concept"]) == WORDS
@@ -226,7 +237,7 @@ def test_thresholds_of_another_dictionary_hold_only_where_readings_vary_alike(
         if keep == "theirs":
             expected[shared] = plain[shared] + 0.5 if same else np.nan
         np.testing.assert_allclose(one.concepts["threshold"], expected)
-        np.testing.assert_allclose(one.concepts["spread"], spreads(merged.raw(layer), one.inverse), rtol=1e-6)
+        torch.testing.assert_close(one.vectors, discriminants(merged.raw(layer), one.inverse).float())
         torch.testing.assert_close(one.mean, dictionary.recognisers[layer].mean)
 
 
@@ -235,26 +246,36 @@ def test_thresholds_of_another_dictionary_hold_only_where_readings_vary_alike(
 
 def test_a_saved_dictionary_names_the_same(dictionary: ConceptDictionary, tmp_path: Path) -> None:
     dictionary.save_pretrained(tmp_path / "a", model="tiny")
-    again = ConceptDictionary.from_pretrained(tmp_path / "a")
+    assert ConceptDictionary.from_pretrained(tmp_path / "a").recognisers == {}
+    again = ConceptDictionary.from_pretrained(tmp_path / "a", recognition=True)
     given = readings(dictionary, 9)
     pd.testing.assert_frame_equal(again.recognise(given), dictionary.recognise(given))
     for layer, one in dictionary.recognisers.items():
         other = again.recognisers[layer]
         assert one.same_scale(other)
         assert one.usual == other.usual
+        assert torch.equal(one.vectors, other.vectors)
         pd.testing.assert_frame_equal(one.concepts, other.concepts)
-    table = read_table(tmp_path / "a/data/recognition_tiny/layer_1-00000-of-00001.parquet", RECOGNITION)
+    table = read_table(
+        tmp_path / "a/data/recognition_tiny/layer_1-00000-of-00001.parquet", recognition_schema(D)
+    )
     assert table["threshold"].null_count == table["threshold"].to_pylist().count(None) == 1
-    assert list(ConceptDictionary.from_pretrained(tmp_path / "a", layers=[2]).recognisers) == [2]
+    assert list(
+        ConceptDictionary.from_pretrained(tmp_path / "a", layers=[2], recognition=True).recognisers
+    ) == [2]
     dictionary.save_pretrained(tmp_path / "b", model="tiny")
     for file in (tmp_path / "a").rglob("*.*"):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
 
 
 def test_releases_of_older_formats_load_and_say_what_they_lack(tmp_path: Path) -> None:
-    old = ConceptDictionary.from_pretrained(write_dataset_release(tmp_path, format_version="1.2.0"))
+    old = ConceptDictionary.from_pretrained(
+        write_dataset_release(tmp_path, format_version="1.2.0"), recognition=True
+    )
     assert old.recognisers == {}
-    with pytest.raises(FormatError, match="expected a dictionary that holds how readings vary, got none"):
+    with pytest.raises(
+        FormatError, match="expected a dictionary that tells what is shown, got another: load it with"
+    ):
         old.recognise({1: draw(2, D)})
     assert old.subset(WORDS[:3]).merge(old).dictionary.recognisers == {}
 
@@ -269,6 +290,13 @@ def broken(folder: Path, config: str, change: object) -> Path:
     return folder
 
 
+def open_broken(folder: Path) -> None:
+    assert (
+        len(ConceptDictionary.from_pretrained(folder)) == N_CONCEPTS
+    )  # of no concern where it is not asked for
+    ConceptDictionary.from_pretrained(folder, recognition=True)
+
+
 def test_broken_tables_are_refused(dictionary: ConceptDictionary, tmp_path: Path) -> None:
     for name in "abcd":
         dictionary.save_pretrained(tmp_path / name, model="tiny")
@@ -276,18 +304,14 @@ def test_broken_tables_are_refused(dictionary: ConceptDictionary, tmp_path: Path
     with pytest.raises(
         FormatError, match=r"recognition_tiny/layer_1: expected the rows of `concepts` in order"
     ):
-        ConceptDictionary.from_pretrained(broken(tmp_path / "a", "recognition", lambda t: t.take(reverse)))
+        open_broken(broken(tmp_path / "a", "recognition", lambda t: t.take(reverse)))
     with pytest.raises(FormatError, match="statistics_tiny/layer_1: expected dimensions 0 to 31"):
-        ConceptDictionary.from_pretrained(
-            broken(tmp_path / "b", "statistics", lambda t: t.take(list(range(D))[::-1]))
-        )
+        open_broken(broken(tmp_path / "b", "statistics", lambda t: t.take(list(range(D))[::-1])))
     with pytest.raises(FormatError, match="expected column 'threshold'"):
-        ConceptDictionary.from_pretrained(
-            broken(tmp_path / "c", "recognition", lambda t: t.drop_columns(["threshold"]))
-        )
+        open_broken(broken(tmp_path / "c", "recognition", lambda t: t.drop_columns(["threshold"])))
     (tmp_path / "d" / "data/statistics_tiny/layer_2-00000-of-00001.parquet").unlink()
     with pytest.raises(IntegrityError, match="statistics_tiny"):
-        ConceptDictionary.from_pretrained(tmp_path / "d")
+        open_broken(tmp_path / "d")
 
 
 @pytest.mark.parametrize("usual", [{"7": 1.0}, {"1": 0}, {"1": "far"}, [1.0], {"1": float("inf")}])
@@ -303,4 +327,4 @@ def test_a_manifest_of_broken_distances_is_refused(
 
 
 def test_columns_are_those_of_the_format() -> None:
-    assert ("concept_id", "concept", *MEASURED) == tuple(RECOGNITION.names)
+    assert ["concept_id", "concept", "vector", *MEASURED] == recognition_schema(3).names

@@ -260,9 +260,18 @@ def diff(
         show.table(rows, ["change", "concept", "concept_id", "before", "after", "layer", "cosine"])
 
 
-def _dictionary(name: str, of: str | None, offline: bool) -> ConceptDictionary:
+def _dictionary(
+    name: str, of: str | None, offline: bool, layers: list[int] | None = None, recognition: bool = False
+) -> ConceptDictionary:
     repo, _, revision = (name, "", "") if releases.is_folder(name) else name.partition("@")
-    return ConceptDictionary.from_pretrained(repo, of, revision=revision or None, local_files_only=offline)
+    return ConceptDictionary.from_pretrained(
+        repo,
+        of,
+        revision=revision or None,
+        layers=layers,
+        recognition=recognition,
+        local_files_only=offline,
+    )
 
 
 def _print_concepts(found: Any, score: str, as_json: bool) -> None:
@@ -275,6 +284,9 @@ def _print_concepts(found: Any, score: str, as_json: bool) -> None:
     else:
         show.say("nothing found")
 
+
+SHOWN = ("layer", "concept", "polarity", "score", "threshold", "precision")
+"""What `explain` prints of what is shown."""
 
 EXPLAINED = ("layer", "atom", "polarity", "concepts", "positions", "image", "strength")
 """What `explain` prints of its table; JSON has all of it."""
@@ -290,6 +302,9 @@ def explain(
     labelled: Annotated[
         bool, typer.Option("--labelled", help="Only desirable and undesirable atoms: those steering uses.")
     ] = False,
+    dictionary: Annotated[
+        str | None, typer.Option("-d", "--dictionary", help="Dataset release: tell what is shown, too.")
+    ] = None,
     model: Model = None,
     revision: Revision = None,
     device: Device = "",
@@ -298,28 +313,50 @@ def explain(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Which atoms fire on a text and images. By name and strength, without steering."""
+    """Which atoms fire on a text and images. By name and strength, without steering.
+
+    An atom's name says which side it takes, hardly what is shown: that is told by the dictionary that the
+    release was made from (--dictionary), for texts and images like its captioned ones.
+    """
     if not text and not image:
         raise ValueError("expected --text, --image or both, got neither")
+    if dictionary and len(image or []) > 1:
+        raise ValueError(f"--dictionary: expected at most one --image, got {len(image or [])}")
     from daco.prompts import chat_inputs, turn
 
     pictures = [open_image(path) for path in image or []]
     sae = SteeringSAE.from_pretrained(
         repo, revision=revision, layers=layers or None, local_files_only=offline
     )
+    known = _dictionary(dictionary, None, offline, layers or sorted(sae.layers), True) if dictionary else None
+    if known:
+        known.recognise({})  # refused before a model is loaded, where the release does not hold what it takes
     mllm, processor = _base_model(sae, model, device, dtype)
     inputs = chat_inputs(processor, [[turn(processor, "user", text, len(pictures))]], [pictures])
     found = sae.explain(mllm, inputs, base_model_ok=base_model_ok)
     notes = found.attrs["notes"]
+    shown = []
+    if known:
+        readings = known.read(mllm, processor, [text], pictures or None, base_model_ok=base_model_ok)
+        table = known.recognise(readings)
+        shown, notes = show.records(table.drop(columns="reading")), [*notes, *table.attrs["notes"]]
     if labelled:
         found = found[found["polarity"] != "neutral"]
     top = show.records(found.groupby("layer", sort=True).head(n).drop(columns="row"))
     tokens = int(inputs["input_ids"].shape[1])
     if as_json:
-        show.as_json({"tokens": tokens, "atoms": top, "notes": notes})
+        show.as_json({"tokens": tokens, "atoms": top, "notes": notes} | ({"shown": shown} if known else {}))
         return
+    if known:
+        show.say("what is shown" if shown else "what is shown: nothing that can be named", style="bold")
+        if shown:
+            show.table(shown, SHOWN)
+        show.say(
+            "\natoms that fire: a name says which side an atom takes, hardly what is shown", style="bold"
+        )
     show.table(top, EXPLAINED)
     hint = "" if labelled else "; --labelled: those that steering uses"
+    hint += "" if known else "; --dictionary: what is shown"
     show.say(f"\n{tokens} tokens; strength: mean where it fires{hint}", style="dim")
     for note in notes:
         show.say(f"note: {show.plain(note)}", style="dim")
