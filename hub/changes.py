@@ -243,6 +243,12 @@ def _of_dataset(before: Snapshot, after: Snapshot) -> Iterator[Change]:
         yield Change("minor", f"links changed: {_rows(before, 'links')} before, {_rows(after, 'links')} now")
     for model in sorted(set(before.manifest["models"]) & set(after.manifest["models"])):
         yield from _of_directions(model, before, after)
+        told = [
+            [_hashes(release, f"{config}_{model}") for config in ("recognition", "statistics")]
+            for release in (before, after)
+        ]
+        if all(told[0]) and all(told[1]) and told[0] != told[1]:
+            yield Change("minor", f"{model}: concepts are recognised otherwise")
 
 
 def _of_concepts(old: pd.DataFrame, new: pd.DataFrame) -> Iterator[Change]:

@@ -1,19 +1,24 @@
 """What changed between two releases is found and told as text; versions rise by as much, or are refused."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hostile import TEXTS
 from hub_fixture import LocalHub, local_hub  # noqa: F401
 from release_fixture import MODEL_NAME, WORDS, write_dataset_release, write_model_release
 from test_publish import DATASET, target
 
+from daco import ConceptDictionary
 from daco.errors import RecipeError, RefusedError
 from daco.manifest import canonical_json, file_entry, read_manifest, write_manifest
+from daco.recognition import MEASURED, Recogniser, measured
 from daco.tables import write_table
 from hub.changes import CHANGELOG, changes, next_version, too_low, write_changelog, yank
 from hub.publish import plan, publish
@@ -61,6 +66,25 @@ def newer(tmp_path: Path) -> Path:
 def test_the_same_content_is_a_patch(older: Path, newer: Path) -> None:
     found = changes(older, newer)
     assert (found.since, found.level, found.least, list(found.found)) == ("1.0.0", "patch", "1.0.1", [])
+
+
+def test_what_recognises_concepts_is_minor_where_it_comes_or_changes(older: Path, tmp_path: Path) -> None:
+    dictionary = ConceptDictionary.from_pretrained(older)
+    table = measured(pd.DataFrame(1.5, index=range(len(WORDS)), columns=list(MEASURED)))
+    one = Recogniser(torch.zeros(32), torch.eye(32), torch.ones(len(WORDS), 32), table, usual=2.0)
+    other = dataclasses.replace(one, concepts=table.assign(threshold=1.25))
+    for name, known in (("none", {}), ("one", {1: one}), ("same", {1: one}), ("other", {1: other})):
+        dataclasses.replace(dictionary, recognisers=known).save_pretrained(tmp_path / name)
+
+    def told(before: str, after: str) -> tuple[str, list[str]]:
+        found = changes(tmp_path / before, tmp_path / after)
+        return found.level, [str(change) for change in found.found]
+
+    added = "2 configs added: recognition_model, statistics_model"
+    assert told("none", "one") == ("minor", [added])
+    assert told("one", "same") == ("patch", [])
+    assert told("one", "other") == ("minor", ["model: concepts are recognised otherwise"])
+    assert told("one", "none") == ("major", [added.replace("added", "dropped")])
 
 
 def test_relabelled_and_renamed_concepts_are_minor(older: Path, newer: Path) -> None:
