@@ -83,7 +83,7 @@ class Scores(NamedTuple):
 
     @property
     def dist(self) -> Floats:
-        """Eq. 4: sqrt(-(ln s_image + ln s_text)), float64."""
+        """Eq. 4: sqrt(-(ln s_image + ln s_text)), float64; its last bits may differ between devices."""
         logs = np.log(np.maximum(self.image, FLOOR)) + np.log(np.maximum(self.text, FLOOR))
         return np.sqrt(np.maximum(-logs, 0.0))
 
@@ -294,7 +294,7 @@ def _joined(parts: Sequence[Found]) -> Found:
 class _Workers:
     """As many threads as torch has, each with one of its own: no operation waits for the other threads.
 
-    A GPU is given its work by one thread; the others read the corpus for it, and decide in float64.
+    A GPU is given its work by one thread; the others read the corpus for it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -327,8 +327,8 @@ class _Workers:
         return list(self.pool.map(step, items))
 
     def shares(self, n: int, most: int) -> Iterator[slice]:
-        """n items in slices of `most` or fewer, so that every thread gets several."""
-        return _slices(n, max(1, min(most, -(-n // (4 * self.threads)))))
+        """n items in slices of `most` or fewer, so that every thread gets several; for a GPU in one."""
+        return _slices(n, max(1, n if self.gpu else min(most, -(-n // (4 * self.threads)))))
 
 
 def _on_gpu(engine: Engine) -> bool:
@@ -353,12 +353,12 @@ def _search_part(
     proposer = _Proposer(queries, corpus, k, pool, engine, workers)
     far = proposer.scan_pool(draws, n_negative) if len(pool) else [np.empty(0, np.int64) for _ in queries]
     proposer.scan_rest()
-    nearest, doubtful = _decide(queries, corpus, k, proposer)
+    nearest, doubtful = _decide(k, proposer)
     answered = Counter({engine.dtype: len(queries) - len(doubtful)})
     if len(doubtful) and engine.dtype != "float32":
         again = _Proposer(queries[doubtful], corpus, k, pool[:0], _single(engine), workers)
         again.scan_rest()
-        found, left = _decide(queries[doubtful], corpus, k, again)
+        found, left = _decide(k, again)
         _put(nearest, doubtful, found)
         answered["float32"] += len(doubtful) - len(left)
         doubtful = doubtful[left]
@@ -369,16 +369,15 @@ def _search_part(
         near = nearest.rows[query]
         far[query] = far_draws(queries[query], corpus, pool, draws[query], near)[:n_negative]
     shares = workers.shares(len(queries), HOST_TILE)
-    scored = workers.spread(lambda part: _scored(queries[part], corpus, far[part]), shares)
+    scored = workers.map(lambda part: _scored(proposer, part.start, far[part]), shares)
     return Searched(nearest, _joined(scored), +answered)
 
 
 def _overlapping(some: list[Ints], others: list[Ints], n: int) -> list[int]:
     """Places at which both lists have a row in common, of rows below n."""
-    keys = [
-        np.concatenate([np.empty(0, np.int64), *(place * n + rows for place, rows in enumerate(lists))])
-        for lists in (some, others)
-    ]
+    keys = [np.repeat(np.arange(len(lists)), [len(rows) for rows in lists]) * n for lists in (some, others)]
+    for key, lists in zip(keys, (some, others), strict=True):
+        key += np.concatenate([np.empty(0, np.int64), *lists])
     return sorted(set((np.intersect1d(*keys, assume_unique=True) // n).tolist()))
 
 
@@ -401,13 +400,20 @@ def far_draws(query: Floats, corpus: Corpus, pool: Ints, tried: Ints, near: Ints
     return rows[~np.isin(rows, near)]
 
 
-def _scored(queries: Floats, corpus: Corpus, rows: list[Ints]) -> Found:
-    """Float64 scores of some rows of every query."""
-    lengths = [len(found) for found in rows]
-    who = np.repeat(np.arange(len(rows)), lengths)
-    scores = exact_scores(queries, corpus, who, np.concatenate([np.empty(0, np.int64), *rows]))
+def _scored(proposer: "_Proposer", first: int, rows: list[Ints]) -> Found:
+    """Float64 scores of some rows of each query from the first on."""
+    lengths = np.array([len(found) for found in rows], dtype=np.int64)
+    who = first + np.repeat(np.arange(len(rows)), lengths)
+    columns = np.concatenate([np.empty(0, np.int64), *rows])
+    exact = proposer.exact(*(torch.from_numpy(found).to(proposer.device) for found in (who, columns)))
+    image, text = (_split(found, lengths) for found in exact.cpu().numpy())
+    return Found(rows, [Scores(*pair) for pair in zip(image, text, strict=True)])
+
+
+def _split(found: Floats, lengths: Ints) -> list[Floats]:
+    """Consecutive pieces of these lengths."""
     ends = np.cumsum(lengths).tolist()
-    return Found(rows, [scores.at(slice(end - n, end)) for end, n in zip(ends, lengths, strict=True)])
+    return [found[start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
 # Proposals.
@@ -705,7 +711,32 @@ class _Proposer:
         """(values, columns) [n, kept] of all queries, best first; what is empty has the value -1."""
         for tile in self.tiles():
             self._compact(tile)
-        return self.values[:, : self.kept].cpu(), self.columns[:, : self.kept].cpu()
+        return self.values[:, : self.kept], self.columns[:, : self.kept]
+
+    def exact(self, who: Tensor, columns: Tensor) -> Tensor:
+        """Float64 cosines [2, n] (image, text) of pairs (queries[who[i]], stimulus columns[i]).
+
+        A GPU adds them up itself, from rows that the threads read for it, each once: numpy's calls hand
+        round the interpreter's lock, so that 16 threads got through little more than two would. Its sums
+        have another order than `exact_scores`', and may differ from those in the last bits.
+        """
+        if not self.workers.gpu:
+            return torch.from_numpy(
+                np.stack(exact_scores(self.queries, self.corpus, who.numpy(), columns.numpy()))
+            )
+        columns, order = columns.sort(stable=True)
+        distinct, at = torch.unique_consecutive(columns, return_inverse=True)
+        ends = at.new_tensor([part.stop for part in _slices(len(distinct), self.block)])
+        ends = [0, *torch.searchsorted(at, ends).tolist()]
+        wanted, found = distinct.cpu().numpy(), self.single.new_empty((2, len(who)), dtype=torch.float64)
+        blocks = [wanted[part] for part in _slices(len(wanted), self.block)]
+        for number, sides in enumerate(self._read_blocks(blocks)):
+            for part in _slices(ends[number + 1] - ends[number], max(1, self.block // 4)):
+                pairs = slice(ends[number] + part.start, ends[number] + part.stop)
+                asked = self.single[who[order[pairs]]].double()
+                for out, side in zip(found, sides, strict=True):
+                    out[order[pairs]] = side[at[pairs] - number * self.block].double().mul_(asked).sum(1)
+        return found
 
     # The pool.
 
@@ -738,42 +769,63 @@ class _Proposer:
         middle = _middles(product, self.workers.gpu)
         doubt = 2.1 * self.error.single(middle)
         low, high = (middle - doubt).astype(np.float32), (middle + doubt).astype(np.float32)
-        walks = [tried[: 4 * n] for tried in draws]
-        lengths = np.array([len(walk) for walk in walks])
-        there = np.arange(lengths.max(initial=0)) < lengths[:, None]
-        walked = np.zeros(there.shape, dtype=np.int64)
-        walked[there] = np.concatenate(walks)
+        walked, there = _padded([tried[: 4 * n] for tried in draws])
         drawn = product.gather(1, torch.from_numpy(walked).to(self.device)).cpu().numpy()
         drawn = np.where(there, np.maximum(drawn, 0), np.inf)  # a caption's cosine is clamped at 0
         sure = drawn < low[:, None]
         ahead = np.cumsum(sure, axis=1)
         looked_at = there & (ahead - sure < n)  # draws beyond are not needed
-        short = (ahead[:, -1:] < n).any(axis=1) & (lengths < [len(tried) for tried in draws])
+        short = (ahead[:, -1:] < n).any(axis=1) & (there.sum(1) < [len(tried) for tried in draws])
         unsure = looked_at & ~sure & (drawn <= high[:, None])
-        far = [self.pool[walk[one]] for walk, one in zip(walked, sure & looked_at, strict=True)]
-        doubtful = np.flatnonzero(short | unsure.any(axis=1)).tolist()
-
-        def settle(query: int) -> Ints:
-            values, tried = np.maximum(product[query].cpu().numpy(), 0), draws[query]
-            exactly = self._far_exactly(self.queries[tile.start + query], values, (low[query], high[query]))
-            rows: Ints = self.pool[tried[exactly[tried]][:n]]
-            return rows
-
-        settled = (self.workers.spread if self.workers.gpu else map)(settle, doubtful)
-        for query, rows in zip(doubtful, settled, strict=True):
-            far[query] = rows
+        taken = sure & looked_at
+        far = _split(self.pool[walked[taken]], taken.sum(1))
+        doubtful = np.flatnonzero(short | unsure.any(axis=1))
+        at_once = (self.engine.memory * 2**14 if self.workers.gpu else 2**20) // len(self.pool)
+        for part in _slices(len(doubtful), max(1, at_once)):
+            some = doubtful[part]
+            values = product[torch.from_numpy(some).to(self.device)].clamp_(min=0)
+            tried = [draws[query] for query in some.tolist()]
+            settled = self._far_exactly(tile.start + some, values, (low[some], high[some]), tried, n)
+            for query, rows in zip(some.tolist(), settled, strict=True):
+                far[query] = rows
         return far
 
-    def _far_exactly(self, query: Floats, values: Floats, between: tuple[Any, Any]) -> NDArray[np.bool_]:
-        """Which members of the pool are in its farther half: float64 orders those about the middle."""
-        far, near = values < between[0], values > between[1]
-        unsure = np.flatnonzero(~(far | near))
-        rows = self.pool[unsure]
-        scores = exact_scores(query[None], self.corpus, np.zeros(len(rows), np.int64), rows)
-        order = np.lexsort((self.corpus.place[rows], -scores.closeness))
-        n_near = len(self.pool) // 2 - int(near.sum())
-        far[unsure[order[n_near:]]] = True
-        return far
+    def _far_exactly(
+        self, queries: Ints, values: Tensor, between: tuple[Floats, Floats], draws: Sequence[Ints], n: int
+    ) -> list[Ints]:
+        """`_far` of some queries [m], values [m, pool]: float64 orders the members about the middle."""
+        low, high = (torch.from_numpy(bound).to(self.device)[:, None] for bound in between)
+        far = values < low
+        n_near = len(self.pool) // 2 - (values > high).sum(1).cpu().numpy()
+        who, column = _true(~far & (values <= high))
+        member, asker = column.cpu().numpy(), who.cpu().numpy()
+        rows, asked = self.pool[member], queries[asker]
+        exact = self.exact(*(torch.from_numpy(found).to(self.device) for found in (asked, rows)))
+        closeness = _closeness(exact).cpu().numpy()
+        order = np.lexsort((self.corpus.place[rows], -closeness, asker))
+        rank = np.arange(len(order)) - np.searchsorted(asker, asker)  # askers rise, ordered or not
+        farther = np.empty(len(order), dtype=bool)
+        farther[order] = rank >= n_near[asker]
+        far[who, column] = torch.from_numpy(farther).to(self.device)
+        walked, there = _padded(draws)
+        taken = far.gather(1, torch.from_numpy(walked).to(self.device)).cpu().numpy() & there
+        taken &= np.cumsum(taken, axis=1) <= n
+        return _split(self.pool[walked[taken]], taken.sum(1))
+
+
+def _padded(lists: Sequence[Ints]) -> tuple[Ints, NDArray[np.bool_]]:
+    """Lists as rows of one matrix, zeros behind them, and where something is."""
+    lengths = np.array([len(some) for some in lists])
+    there = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    padded = np.zeros(there.shape, dtype=np.int64)
+    padded[there] = np.concatenate(lists)
+    return padded, there
+
+
+def _closeness(scores: Tensor) -> Tensor:
+    """`Scores.closeness` of float64 cosines [2, ...] on any device: the same bits."""
+    image, text = scores.clamp(min=FLOOR)
+    return (image * text).float()
 
 
 def _moved_to(device: torch.device, staged: Sequence[Tensor], local: threading.local) -> list[Tensor]:
@@ -869,46 +921,48 @@ def _moved(single: Tensor, rounded: Tensor) -> float:
 # Decisions.
 
 
-def _decide(queries: Floats, corpus: Corpus, k: int, proposer: _Proposer) -> tuple[Found, Ints]:
+def _decide(k: int, proposer: _Proposer) -> tuple[Found, Ints]:
     """Order the proposals in float64; also which queries something that was dropped could belong to."""
-    values, columns = (found.numpy() for found in proposer.candidates())
-    bar, error = proposer.bar.cpu().numpy(), proposer.error.at
+    values, columns = proposer.candidates()
+    worst = proposer.bar + proposer.error.at(proposer.bar)  # the highest float64 could put what was dropped
 
     def decide(tile: slice) -> tuple[Found, Ints]:
-        scores = _scored_proposals(queries[tile], corpus, k, values[tile], columns[tile], error)
-        closeness = np.where(scores.positive, scores.closeness, -1)
-        order = np.lexsort((corpus.place[columns[tile]], -closeness))[:, :k]
-        rows, image, text, closeness = (
-            np.take_along_axis(found, order, 1) for found in (columns[tile], *scores, closeness)
-        )
-        n = (closeness > 0).sum(1)
+        scores = _scored_proposals(tile, k, values[tile], columns[tile], proposer)
+        slots = columns[tile, : scores.shape[2]]
+        closeness = torch.where((scores > 0).all(0), _closeness(scores), -1.0)
+        order = torch.from_numpy(proposer.corpus.place[slots.cpu().numpy()]).to(slots.device).argsort(1)
+        order = order.gather(1, closeness.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
+        kept = (found.gather(1, order[:, :k]) for found in (slots, *scores, closeness))
+        rows, image, text, closest = (found.cpu().numpy() for found in kept)
+        n = (closest > 0).sum(1).tolist()
         found = Found(
             [found[:most] for found, most in zip(rows, n, strict=True)],
             [Scores(i[:most], t[:most]) for i, t, most in zip(image, text, n, strict=True)],
         )
-        worst = bar[tile] + error(bar[tile])  # the highest that float64 could put what was dropped
-        return found, tile.start + np.flatnonzero(~(closeness[:, -1] > worst))
+        return found, tile.start + np.flatnonzero(~(closest[:, -1] > worst[tile].cpu().numpy()))
 
-    parts = proposer.workers.spread(decide, proposer.workers.shares(len(queries), HOST_TILE))
+    parts = proposer.workers.map(decide, proposer.workers.shares(len(values), HOST_TILE))
     return _joined([part for part, _ in parts]), np.concatenate([doubtful for _, doubtful in parts])
 
 
-def _scored_proposals(
-    asked: Floats, corpus: Corpus, k: int, values: Floats, columns: Ints, error: Callable[[Any], Any]
-) -> Scores:
-    """Float64 scores [n, kept] of the k best proposals and of all that could be closer; 0 elsewhere."""
-    scores = Scores(np.zeros(values.shape), np.zeros(values.shape))
+def _scored_proposals(tile: slice, k: int, values: Tensor, columns: Tensor, proposer: _Proposer) -> Tensor:
+    """Float64 scores [2, n, m] of a tile's k best proposals and of all that could be closer; 0 elsewhere.
 
-    def score(chosen: NDArray[np.bool_]) -> None:
-        who, slot = np.nonzero(chosen)
-        for out, found in zip(scores, exact_scores(asked, corpus, who, columns[who, slot]), strict=True):
-            out[who, slot] = found
+    Proposals are sorted; those behind the m-th are none of these.
+    """
+    scores = torch.zeros((2, *values.shape), dtype=torch.float64, device=values.device)
 
-    first = np.arange(values.shape[1]) < k
+    def score(chosen: Tensor) -> None:
+        who, slot = _true(chosen)
+        scores[:, who, slot] = proposer.exact(tile.start + who, columns[who, slot])
+
+    first = torch.arange(values.shape[1], device=values.device) < k
     score((values > 0) & first)
-    floor = np.where(scores.positive, scores.closeness, 0)[:, :k].min(1)
-    score((values > np.maximum(floor - 1.05 * error(floor), 0)[:, None]) & ~first)
-    return scores
+    best = scores[:, :, :k]
+    floor = torch.where((best > 0).all(0), _closeness(best), 0.0).amin(1)
+    closer = (values > (floor - 1.05 * proposer.error.at(floor)).clamp_(min=0)[:, None]) & ~first
+    score(closer)
+    return scores[:, :, : k + int(closer.sum(1).max())]
 
 
 def ranked(rows: Ints, scores: Scores, place: Ints, k: int) -> tuple[Ints, Scores]:

@@ -13,6 +13,7 @@ from builders.retrieval import (
     Engine,
     Rows,
     Searched,
+    _Proposer,
     draw_places,
     draw_pool,
     exact_scores,
@@ -264,6 +265,42 @@ def test_a_gpu_s_way_of_working_gives_the_same(
     finally:
         torch.set_num_threads(before)
     assert rows_of(found) == expected
+    for one in found.nearest, found.negatives:
+        for query, rows, scores in zip(queries, one.rows, one.scores, strict=True):
+            exact = exact_scores(query[None], corpus, np.zeros(len(rows), np.int64), rows)
+            np.testing.assert_allclose(scores, exact, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", [nearly_tied, clip_like])
+def test_a_gpu_settles_doubtful_halves_of_the_pool_in_several_goes(
+    monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    monkeypatch.setattr("builders.retrieval._on_gpu", lambda engine: True)
+    asked, far_exactly = [], _Proposer._far_exactly
+
+    def counted(self: Any, queries: np.ndarray, *rest: Any) -> list[np.ndarray]:
+        asked.append(len(queries))
+        return far_exactly(self, queries, *rest)
+
+    monkeypatch.setattr(_Proposer, "_far_exactly", counted)
+    corpus, queries = made(kind, n=1203)
+    pool = draw_pool(1203, 1100, SEED)
+    draws = draws_of(7, 1100)
+    expected = naive(corpus, queries, K, pool, draws)
+    found = search(
+        np.repeat(queries, 60, axis=0),
+        corpus,
+        K,
+        pool=pool,
+        draws=[draws[i // 60] for i in range(420)],
+        n_negative=N_NEGATIVE,
+        engine=Engine(memory=4, block=96, tile=210),
+    )
+    assert rows_of(found)[::60] == expected
+    assert rows_of(found)[59::60] == expected
+    if kind is nearly_tied:
+        assert len(asked) > 2
+        assert max(asked) == 4 * 2**14 // 1100
 
 
 def test_what_cannot_be_read_ends_a_search_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
