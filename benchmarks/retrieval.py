@@ -13,7 +13,8 @@ Every row is written when it is there, and parts run on their own (`--parts spee
 that a machine need not be free for long; rows of the other parts stay. Files of embeddings are kept in
 `--data`, if that is given. The whole of CC-3M on a GPU: `--full --device cuda` (10 GB on disk, read
 memory-mapped; `--pairs` makes it smaller). A GPU's times are by the clock alone, from files to answers:
-reading, copying to the GPU and deciding in float64 included; its memory is that of the GPU.
+reading, copying to the GPU and deciding in float64 included, compiling at first use not; its memory is that
+of the GPU.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -36,6 +38,7 @@ import numpy as np
 import torch
 
 from builders.retrieval import (
+    FLOOR,
     Corpus,
     Engine,
     Floats,
@@ -46,6 +49,7 @@ from builders.retrieval import (
     Searched,
     draw_places,
     draw_pool,
+    exact_scores,
     exhaustive,
     onednn_product,
     ranked,
@@ -63,6 +67,8 @@ SHAPES = {"cpu": ((512, 4096), (768, 2048), (2048, 8192)), "cuda": ((8192, 8192)
 """Concepts and stimuli of the products whose rate is measured."""
 CHECKED = 16
 """Concepts whose answers are compared with the float64 pass."""
+WARMED = 2 * POOL
+"""Pairs searched before a GPU is measured, so that its kernels are compiled."""
 PARTS = ("speed", "faiss", "memory", "growth")
 
 
@@ -80,9 +86,12 @@ class World:
         self.width, self.seed = width, seed
 
     def _unit(self, mean: Floats, meaning: Floats, share: float, rng: np.random.Generator) -> Floats:
-        noise = rng.standard_normal((len(meaning), self.width), dtype=np.float32) / np.sqrt(self.width)
-        rows = np.sqrt(share) * mean + np.sqrt(1 - share) * (meaning @ self.meanings) + 0.1 * noise
-        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+        rows = rng.standard_normal((len(meaning), self.width), dtype=np.float32)
+        rows *= 0.1 / math.sqrt(self.width)
+        rows += (math.sqrt(1 - share) * meaning) @ self.meanings
+        rows += (math.sqrt(share) * mean).astype(np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows
 
     def _meaning(self, n: int, rng: np.random.Generator) -> Floats:
         drawn = rng.standard_normal((n, LATENT), dtype=np.float32)
@@ -101,7 +110,7 @@ class World:
         return self._unit(self.image, seen, 0.9, rng), self._unit(self.text, meaning, 0.58, rng)
 
 
-def write_pairs(world: World, folder: Path, n: int, block: int = 10_000) -> tuple[Floats, Floats]:
+def write_pairs(world: World, folder: Path, n: int, block: int = 1_000) -> tuple[Floats, Floats]:
     """float16 files of n pairs, opened memory-mapped; those that are there already are taken."""
     names = [folder / f"{side}-{world.width}-{n}.npy" for side in ("images", "texts")]
     if not all(name.is_file() for name in names):
@@ -293,29 +302,61 @@ def memory_of(call: Callable[[], Any], device: str) -> float:
     return most[0] - before
 
 
-def exactly(task: Task, threads: int) -> tuple[Ints, Found]:
-    """Some concepts, and their nearest by the float64 pass, whose threads have a part of the corpus each."""
-    corpus, k = task.corpus, TOP_K
+def exactly(task: Task, arguments: argparse.Namespace) -> tuple[Ints, Found]:
+    """Some concepts, and their nearest by a float64 pass."""
     chosen = np.linspace(0, len(task.queries) - 1, CHECKED).astype(int)
-    step = -(-len(corpus) // threads)
+    if arguments.device == "cpu":
+        return chosen, exhaustively(task.queries[chosen], task.corpus, arguments.threads)
+    return chosen, exhaustively_there(task.queries[chosen], task.corpus, arguments.device)
+
+
+def exhaustively(queries: Floats, corpus: Corpus, threads: int) -> Found:
+    """The float64 pass, whose threads have a part of the corpus each."""
+    k, step = TOP_K, -(-len(corpus) // threads)
 
     def nearest(start: int) -> Found:
         part = slice(start, start + step)
         sides = (Rows(side.slice(start, start + step)) for side in (corpus.images, corpus.texts))
-        return exhaustive(task.queries[chosen], Corpus(*sides, corpus.place[part]), k)
+        return exhaustive(queries, Corpus(*sides, corpus.place[part]), k)
 
     starts = range(0, len(corpus), step)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         parts = list(pool.map(nearest, starts))
     torch.set_num_threads(threads)
     found = Found([], [])
-    for query in range(len(chosen)):
+    for query in range(len(queries)):
         rows = np.concatenate([start + part.rows[query] for start, part in zip(starts, parts, strict=True)])
         cosines = zip(*(part.scores[query] for part in parts), strict=True)
         best = ranked(rows, Scores(*(np.concatenate(side) for side in cosines)), corpus.place, k)
         for kept, one in zip(found, best, strict=True):
             kept.append(one)
-    return chosen, found
+    return found
+
+
+def exhaustively_there(queries: Floats, corpus: Corpus, device: str, block: int = 32_768) -> Found:
+    """Twice as many as wanted by float64 products on a GPU, of which the scores on the host choose."""
+    asked = torch.from_numpy(queries).to(device).double()
+
+    def best(start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sides = (
+            np.array(side.slice(start, min(start + block, len(corpus))))
+            for side in (corpus.images, corpus.texts)
+        )
+        image, text = ((asked @ torch.from_numpy(side).to(device).double().T) for side in sides)
+        product = image.clamp_(min=FLOOR).mul_(text.clamp_(min=FLOOR))
+        values, places = product.topk(min(2 * TOP_K, product.shape[1]), dim=1)
+        return values.cpu(), places.cpu() + start
+
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(best, range(0, len(corpus), block)))
+    values, places = (torch.cat(found, 1) for found in zip(*parts, strict=True))
+    rows = places.gather(1, values.topk(2 * TOP_K, dim=1).indices).numpy()
+    found = Found([], [])
+    for number, candidates in enumerate(rows):
+        scores = exact_scores(queries, corpus, np.full(len(candidates), number), candidates)
+        for kept, one in zip(found, ranked(candidates, scores, corpus.place, TOP_K), strict=True):
+            kept.append(one)
+    return found
 
 
 def check(found: Searched, exact: tuple[Ints, Found], other: Searched | None) -> None:
@@ -361,8 +402,11 @@ def main_work(arguments: argparse.Namespace, dtype: str) -> str:
 
 def speed(task: Task, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of the main size in both dtypes; the median round of each counts."""
-    exact, other = exactly(task, arguments.threads), None
+    exact, other = exactly(task, arguments), None
     for dtype in arguments.dtypes:
+        if arguments.device != "cpu":
+            sides = [rows.slice(0, WARMED) for rows in (task.corpus.images, task.corpus.texts)]
+            retrieve(task_of(task.queries[:64], sides), dtype, arguments)
         if arguments.profile:
             profiled(task, dtype, arguments)
         rounds = []

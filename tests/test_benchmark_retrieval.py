@@ -73,6 +73,17 @@ def test_an_answer_that_is_not_the_float64_pass_s_ends_it(
         benchmark.main([*SMALL, "--parts", "speed", "--out", str(tmp_path / "out.json")])
 
 
+def test_the_float64_pass_on_a_gpu_is_that_on_the_host() -> None:
+    world = benchmark.World(48, seed=3)
+    images, texts = (side.astype("float16") for side in world.pairs(0, 900))
+    corpus = benchmark.corpus_of(images, texts)
+    queries = world.concepts(11)
+    there = benchmark.exhaustively_there(queries, corpus, "cpu", block=170)
+    for rows, scores, expected in zip(*there, benchmark.exhaustively(queries, corpus, 2).rows, strict=True):
+        assert rows.tolist() == expected.tolist()
+        assert len(scores.image) == benchmark.TOP_K
+
+
 def test_of_a_gpu_only_the_clock_is_told() -> None:
     arguments = [benchmark.parse(["--device", device]) for device in ("cpu", "cuda")]
     assert [[unit for _, unit, _ in benchmark.units_of(one)] for one in arguments] == [
