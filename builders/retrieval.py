@@ -780,7 +780,7 @@ class _Proposer:
         taken = sure & looked_at
         far = _split(self.pool[walked[taken]], taken.sum(1))
         doubtful = np.flatnonzero(short | unsure.any(axis=1))
-        # Products looked at together: with what is made of them an eighth of the memory, or what a cache holds.
+        # Products looked at together: with copies an eighth of the memory, or what a cache holds.
         most = min(self.engine.memory * 2**14, 2**30) if self.workers.gpu else 2**20
         for part in _slices(len(doubtful), max(1, most // len(self.pool))):
             some = doubtful[part]
