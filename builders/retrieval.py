@@ -55,7 +55,7 @@ WALK = 16
 """Members of the pool looked at for each negative wanted; half of them are far enough."""
 
 HOST_TILE = 768
-"""Most queries decided in float64 at once."""
+"""Most queries decided in float64 at once by a processor."""
 
 AHEAD = 2
 """Blocks of the corpus that are read for a GPU while it works on one."""
@@ -724,11 +724,14 @@ class _Proposer:
             return torch.from_numpy(
                 np.stack(exact_scores(self.queries, self.corpus, who.numpy(), columns.numpy()))
             )
+        found = self.single.new_empty((2, len(who)), dtype=torch.float64)
+        if not len(who):
+            return found
         columns, order = columns.sort(stable=True)
         distinct, at = torch.unique_consecutive(columns, return_inverse=True)
         ends = at.new_tensor([part.stop for part in _slices(len(distinct), self.block)])
         ends = [0, *torch.searchsorted(at, ends).tolist()]
-        wanted, found = distinct.cpu().numpy(), self.single.new_empty((2, len(who)), dtype=torch.float64)
+        wanted = distinct.cpu().numpy()
         blocks = [wanted[part] for part in _slices(len(wanted), self.block)]
         for number, sides in enumerate(self._read_blocks(blocks)):
             for part in _slices(ends[number + 1] - ends[number], max(1, self.block // 4)):
