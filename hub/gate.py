@@ -24,7 +24,16 @@ from daco.errors import DacoError
 from daco.manifest import MANIFEST, check_file, read_manifest, release_files
 from daco.sae_files import read_config
 from daco.sites import ModelFacts
-from daco.tables import ATOMS, ATOMS_MORE, CONCEPTS, LINKS, STIMULI, directions_schema
+from daco.tables import (
+    ATOMS,
+    ATOMS_MORE,
+    CONCEPTS,
+    LINKS,
+    STIMULI,
+    directions_schema,
+    recognition_schema,
+    statistics_schema,
+)
 from hub.changes import too_low
 from hub.local.card_rules import card_data, check_card
 from hub.plan import Refusal
@@ -75,7 +84,10 @@ PROMPTS = frozenset(
 
 OURS = frozenset(
     name
-    for schema in (STIMULI, LINKS, CONCEPTS, ATOMS, ATOMS_MORE, directions_schema(1))
+    for schema in (
+        *(STIMULI, LINKS, CONCEPTS, ATOMS, ATOMS_MORE),
+        *(directions_schema(1), recognition_schema(1), statistics_schema(1)),
+    )
     for name in schema.names
 )
 """Names of columns of DACO's own tables, none of which holds prompts."""

@@ -613,6 +613,8 @@ def test_tables_of_ours_hold_no_prompts(tmp_path: Path) -> None:
     atoms = pa.unify_schemas([tables.ATOMS, tables.ATOMS_MORE])
     schemas = {"stimuli": tables.STIMULI, "links": tables.LINKS, "concepts": tables.CONCEPTS, "atoms": atoms}
     schemas["directions_prompt_guard"] = tables.directions_schema(3)
+    schemas["recognition_prompt_guard"] = tables.recognition_schema(3)
+    schemas["statistics_prompt_guard"] = tables.statistics_schema(3)
     files = {f"data/{name}/train.parquet": parquet(schema.empty_table()) for name, schema in schemas.items()}
     folder = write_dataset_release(tmp_path / "release", extra_files=files)
     assert prompts_in(folder, read_manifest(folder)) == []
