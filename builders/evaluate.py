@@ -247,7 +247,7 @@ def _sae_figures(folder: Path, layers: Sequence[int], shards: Sequence[Path]) ->
     found = {}
     for layer in layers:
         facts = json.loads((folder / layer_folder(layer) / "facts.json").read_text("utf-8"))
-        figures = {key: facts[key] for key in ("fve", "fve_at_start", "l0", "dead")}
+        figures = {key: facts[key] for key in ("fve", "fve_interval", "fve_at_start", "l0", "dead")}
         found[str(layer)] = {"n_tokens": facts["tokens"], **figures}
         if parts:
             found[str(layer)] |= recovered(Spliced(*part[str(layer)]) for part in parts)

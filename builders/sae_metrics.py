@@ -7,6 +7,7 @@ itself loses is in `builders.splice`.
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from builders.recipe import SaeConfig
 from builders.sae_start import Tokens
 from builders.sae_step import Code, Encoder, batch_top_k_code, code_above, decoded, top_k_code
-from builders.tokens import MODALITIES
+from builders.statistics import ratio
+from builders.tokens import MODALITIES, TokenShards
 from daco.errors import ActivationError
 
 DENSE = 0.1
@@ -139,6 +141,36 @@ def _measured(overall: _Sums, parts: list[_Sums], fired: Tensor) -> Measured:
         dense=int((fired > DENSE * total).sum()),
         **by_modality,
     )
+
+
+@torch.no_grad()
+def fve_interval(
+    tokens: TokenShards, weights: Mapping[str, Tensor], config: SaeConfig, block: int = 4_096
+) -> tuple[float, float]:
+    """95 % interval of the FVE of exported weights over stimuli, whose tokens are alike and stay together.
+
+    Args:
+        tokens: Held-out rows, about whose mean variance is counted.
+        weights: For raw activations.
+        config: Activation and k.
+        block: Tokens at a time.
+    """
+    device, encoder = weights["W_dec"].device, exact_encoder(weights)
+    mean = torch.zeros(tokens.d_model, dtype=torch.float64, device=device)
+    for z in tokens.blocks(block):
+        mean += z.to(device).double().sum(0) / len(tokens)
+    left, spread, first = np.zeros(len(tokens.ends)), np.zeros(len(tokens.ends)), 0
+    for z in tokens.blocks(block):
+        z = z.to(device)
+        code = encode(z, weights, config, encoder)
+        missed = (z - decoded(code, weights["W_dec"]) - weights["b_dec"]).double().square().sum(1)
+        about = (z.double() - mean).square().sum(1)
+        stimulus = np.searchsorted(tokens.ends, first + np.arange(len(z)), side="right")
+        np.add.at(left, stimulus, missed.cpu().numpy())
+        np.add.at(spread, stimulus, about.cpu().numpy())
+        first += len(z)
+    found = ratio(left, spread)
+    return 1 - found.high, 1 - found.low
 
 
 def first_blocks(tokens: Tokens, limit: int, block: int) -> Iterator[Tensor]:

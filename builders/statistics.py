@@ -85,6 +85,24 @@ def share(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> Interval:
     Raises:
         ValueError: no items, or not as many of both.
     """
+    mean, low, high = ratio(part, whole, seed)
+    if math.isnan(mean):
+        return Interval(mean, low, high)
+    least, most = _wilson(mean, float(whole.sum()))
+    return Interval(mean, min(low, least), max(high, most))
+
+
+def ratio(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> Interval:
+    """Sum of parts over the sum of wholes, each [items], with a percentile interval over items drawn anew.
+
+    Args:
+        part: Numbers of each item.
+        whole: Numbers of each item, none below zero; where all are zero, the ratio is NaN.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: no items, or not as many of both.
+    """
     if part.ndim != 1 or part.shape != whole.shape or not len(part):
         raise ValueError(f"expected [items] of both, got {list(part.shape)} and {list(whole.shape)}")
     if not whole.sum():
@@ -95,10 +113,9 @@ def share(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> Interval:
         rows = rng.integers(n, size=(max(1, min(left, _DRAWN // n)), n))
         drawn.append(both[rows].sum(1))
     sums = np.concatenate(drawn)
-    shares, mean = sums[sums[:, 1] > 0], float(part.sum() / whole.sum())
-    low, high = np.percentile(shares[:, 0] / shares[:, 1], [2.5, 97.5])
-    least, most = _wilson(mean, float(whole.sum()))
-    return Interval(mean, min(float(low), least), max(float(high), most))
+    some = sums[sums[:, 1] > 0]
+    low, high = np.percentile(some[:, 0] / some[:, 1], [2.5, 97.5])
+    return Interval(float(part.sum() / whole.sum()), float(low), float(high))
 
 
 def paired(

@@ -26,7 +26,16 @@ from torch import Tensor
 
 from builders.recipe import SaeConfig, check_k, load_recipe
 from builders.sae_batches import batch_index, batches, is_first
-from builders.sae_metrics import Agreement, Drift, Measured, agreement, calibrated_threshold, drift, measure
+from builders.sae_metrics import (
+    Agreement,
+    Drift,
+    Measured,
+    agreement,
+    calibrated_threshold,
+    drift,
+    fve_interval,
+    measure,
+)
 from builders.sae_start import Tokens, check_atoms, check_width, started, unit_rows
 from builders.sae_training import Training
 from builders.stages import Work, writing
@@ -240,8 +249,10 @@ def _train_layer(work: Work, layer: int, train: TokenShards, held_out: TokenShar
     )
     if is_first():
         form = jump_form(training, train, held_out)
+        weights = {name: w.to(device) for name, w in training.exported().items()}
+        spread = fve_interval(held_out, weights, config)
         with writing(f"the weights of layer {layer}"):
-            _write_layer(work.folder / f"layers.{layer}", training, layer, len(train), form)
+            _write_layer(work.folder / f"layers.{layer}", training, layer, len(train), form, spread)
 
 
 def _checkpoints(work: Work, layer: int) -> list[Path]:
@@ -280,7 +291,14 @@ RELEASED_AS = {"batchtopk": "jumprelu"}
 """Activations that are released as another."""
 
 
-def _write_layer(folder: Path, training: Training, layer: int, n_tokens: int, form: Agreement | None) -> None:
+def _write_layer(
+    folder: Path,
+    training: Training,
+    layer: int,
+    n_tokens: int,
+    form: Agreement | None,
+    spread: tuple[float, float],
+) -> None:
     """Weights, measurements, and last the facts, which mean that the layer is complete."""
     folder.mkdir(exist_ok=True)
     weights, config, last = training.exported(), training.config, training.records[-1]
@@ -300,6 +318,7 @@ def _write_layer(folder: Path, training: Training, layer: int, n_tokens: int, fo
         "scale": training.scale,
         "n_train_tokens": n_tokens,
         "fve_at_start": training.records[0]["fve"],
+        "fve_interval": list(spread),
     }
     facts |= {key: last[key] for key in (*Measured._fields, *Drift._fields)}
     facts |= form._asdict() if form else {}

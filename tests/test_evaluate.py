@@ -137,6 +137,8 @@ def test_sae_figures_are_those_of_the_training(upstream):
         table = pq.read_table(upstream / "sae" / f"layers.{layer}" / "training.parquet").to_pylist()
         assert figures[str(layer)]["fve"] == table[-1]["fve"]
         assert figures[str(layer)]["fve_at_start"] == table[0]["fve"]
+        low, high = figures[str(layer)]["fve_interval"]
+        assert low < figures[str(layer)]["fve"] < high
         assert figures[str(layer)]["n_tokens"] == table[-1]["tokens"] > 50
 
 

@@ -9,6 +9,7 @@ from sae_rows import CONFIG, Rows, draw, random_weights
 from small_run import D_MODEL
 
 from builders import sae_metrics
+from builders.statistics import ratio
 from builders.tokens import MODALITIES
 from daco.errors import ActivationError
 from daco.sae import SAE
@@ -39,6 +40,23 @@ def test_measurements_equal_the_naive_ones_overall_and_by_modality():
     assert found.fve_caption == pytest.approx(fve(z[kind == 2], z_hat[kind == 2]), rel=1e-5)
     assert (found.fve_prompt, found.fve_generated) == (None, None)
     assert sae_metrics.measure(Rows(z), w, RELU).fve_image is None
+
+
+def test_the_interval_of_fve_keeps_the_tokens_of_a_stimulus_together():
+    z, w, lengths = 3 * draw(29, D_MODEL).float() + 2, weights(), [1, 9, 4, 15]
+    tokens = Rows(z)
+    tokens.ends = np.cumsum(lengths)
+    z_hat = torch.relu((z - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) @ w["W_dec"] + w["b_dec"]
+    parts = [
+        [float(one.sum()) for one in part.double().square().split(lengths)]
+        for part in (z - z_hat, z - z.mean(0))
+    ]
+    left, spread = (np.array(part) for part in parts)
+    expected = ratio(left, spread)
+    for block in (3, 64):
+        low, high = sae_metrics.fve_interval(tokens, w, RELU, block)
+        assert (low, high) == pytest.approx((1 - expected.high, 1 - expected.low), rel=1e-4)
+        assert low < fve(z, z_hat) < high
 
 
 def test_only_the_first_tokens_are_measured_where_there_is_a_limit():
