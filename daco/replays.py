@@ -36,7 +36,8 @@ class Replays:
 
         Args:
             owner: What else the work reads must live as long as this.
-            key: Says which work it is; inputs of the same key have the same shapes.
+            key: Says which work it is; of the same key, inputs have the same shapes, and what else it reads
+                lies at the same addresses.
             work: What to do.
             inputs: On a GPU.
         """
@@ -64,7 +65,8 @@ class _Recorded:
         with torch.cuda.stream(aside):  # what only a first call does must not be recorded
             work(*self._inputs)
         here.wait_stream(aside)
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # torch's own stream stays on the device of the first recording, and would record nothing of others
+        with torch.cuda.graph(self._graph, stream=aside, capture_error_mode="thread_local"):
             self._outputs = work(*self._inputs)
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ torch does the work. One program solves one row from beginning to end, and decid
 that nothing has to wait for the GPU between steps.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 
 import torch
 import triton
@@ -96,8 +96,9 @@ def solve(
     """
     out, width = torch.empty_like(q, memory_format=torch.contiguous_format), q.shape[1]
     tensors = (t.contiguous() for t in (G, q, start, l1, l2, half))
-    _solve[(len(q),)](
-        *tensors, out, tol, STEPS=STEPS, MOST_STEPS=MOST_STEPS, NON_NEGATIVE=non_negative, W=width,
-        num_warps=width // 16,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton starts kernels on the current device, which need not be q's
+        _solve[(len(q),)](
+            *tensors, out, tol, STEPS=STEPS, MOST_STEPS=MOST_STEPS, NON_NEGATIVE=non_negative, W=width,
+            num_warps=width // 16,
+        )  # fmt: skip
     return out

@@ -229,6 +229,11 @@ class _Dictionary(NamedTuple):
         """Whether a GPU's kernel can solve working sets of it."""
         return self.D.dtype == torch.float32 and self.coarse is None and kernels_for(self.D) is not None
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where D and gram lie: a model that is moved and back keeps its tensors, not their memory."""
+        return tuple(t.data_ptr() for t in (self.D, self.gram) if t is not None)
+
     def products(self, z: Tensor) -> Near:
         """Products with all atoms, `[n, n_atoms]`."""
         if self.coarse is None or len(self.D) <= SMALL:
@@ -300,16 +305,17 @@ def _solve_few(
         return code, gap, missed.any(), missed, pull, q.value, penalty.l1, penalty.l2
 
     with _REPLAYS.lock:
-        key = (task, z.shape, len(correlation), None if known.gram is None else known.gram.data_ptr())
+        key = (task, z.shape, len(correlation), known.places)
         recorded = known.lasts and z.is_cuda and len(z) <= RECORDED
         run = partial(_REPLAYS.run, known.D, key, begin) if recorded else begin
         code, gap, more, *state = run(z, alpha, *correlation)
         code, gap = code.clone(), gap.clone()
         if not more:
             return code, gap
-        missed, pull, products, l1, l2 = (part.clone() for part in state)
+        missed, *rest = state
+        pull, products, l1, l2 = (part.clone() for part in rest)
+        rows = missed.nonzero().squeeze(-1)  # waits, also for the copies
     q, penalty = Near(products, z.new_zeros(())), _Penalty(l1, l2, task.non_negative)
-    rows = missed.nonzero().squeeze(-1)
     pull = pull[rows]
     for width in wider:
         here, some = z[rows], penalty.of(rows)

@@ -1,7 +1,11 @@
 """Proves that recorded work gives what it gives step by step, and is forgotten with its tensor."""
 
+import contextlib
 import gc
 import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +52,35 @@ def test_what_cannot_be_recorded_runs_step_by_step_and_says_so_once() -> None:
         seen = [float(found.run(owner, "a", lambda x: (x * 2,), torch.ones(1))[0]) for _ in range(4)]
     assert seen == [2.0] * 4
     assert ["without a CUDA graph" in str(one.message) for one in caught] == [True]
+
+
+def test_a_recording_is_made_on_a_stream_of_its_inputs_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own stream for recordings stays on the device of the first, and records nothing of others."""
+    current, recorded_on = [0], []
+
+    @contextlib.contextmanager
+    def device(number: int) -> Iterator[None]:
+        before, current[0] = current[0], number
+        yield
+        current[0] = before
+
+    @contextlib.contextmanager
+    def graph(made: Any, stream: Any = None, **options: Any) -> Iterator[None]:
+        recorded_on.append((current[0], stream.device if stream else 0, options))
+        yield
+
+    def stream() -> Any:
+        return SimpleNamespace(device=current[0], wait_stream=lambda other: None)
+
+    fakes = {"device": device, "graph": graph, "Stream": stream, "current_stream": stream}
+    fakes |= {"stream": lambda chosen: contextlib.nullcontext(), "CUDAGraph": SimpleNamespace}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    there = SimpleNamespace(device=1, clone=lambda: torch.ones(2))
+    made = replays._recorded(lambda x: (2 * x,), (there,))  # type: ignore[arg-type]
+    assert isinstance(made, replays._Recorded)
+    assert recorded_on == [(1, 1, {"capture_error_mode": "thread_local"})]
+    assert made._outputs[0].tolist() == [2, 2]
 
 
 @on_a_gpu

@@ -41,6 +41,16 @@ def test_the_kernel_compiles_for_a_gpu():
     assert with_triton("compile").count("bytes") == 4
 
 
+def test_recordings_belong_to_the_memory_that_they_read():
+    rows, gram = torch.eye(3), torch.eye(3)
+    known = [sparse_coding._Dictionary(rows, g, None, True) for g in (gram, None)]
+    before = [one.places for one in known]
+    assert before[0] != before[1]
+    rows.data = rows.data.clone()  # as when a module is moved away and back
+    assert [one.places for one in known] != before
+    assert known[0].places[1] == before[0][1]
+
+
 def test_without_triton_or_without_a_gpu_torch_solves(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     sparse_coding._triton_kernels.cache_clear()
