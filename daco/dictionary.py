@@ -110,7 +110,8 @@ class ConceptDictionary:
             model: Short name of the model, as in `directions_<model>`; may be left out when there is one.
             revision: Tag, branch or commit; None is the newest release.
             layers: Only these layers; None is all.
-            recognition: Load what `recognise` needs, too, where the release holds it: more than as much.
+            recognition: Load what `recognise` needs, too, where the release holds it; it is larger than the
+                directions.
             token: As in huggingface_hub.
             cache_dir: As in huggingface_hub.
             local_files_only: Use the cache alone.
@@ -279,7 +280,9 @@ class ConceptDictionary:
     def merge(self, other: "ConceptDictionary", on_conflict: str = "raise") -> Merged:
         """This dictionary and the concepts of another one of the same model, at the layers that both have.
 
-        R and the mean of negatives stay this one's; a warning says where the other's R is far from it.
+        R and the mean of negatives stay this one's; a warning says where the other's R is far from it. What
+        `recognise` knows stays this one's, too. Of new concepts, and of those that take the other one's
+        direction, it knows what that does, if both rest on the same readings; if not, it never names them.
 
         Args:
             other: The other one.

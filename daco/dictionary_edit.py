@@ -227,15 +227,11 @@ def merge(ours: "ConceptDictionary", theirs: "ConceptDictionary", on_conflict: s
     new = rows_of(theirs, np.setdiff1d(np.arange(len(theirs)), other), layers)
     table = pd.concat([table, new.concepts], ignore_index=True)
     vectors = {layer: torch.cat([vectors[layer], new.vectors[layer]]) for layer in layers}
-    taken = mine if on_conflict == "theirs" else mine[:0]
     merged = dataclasses.replace(
         a,
         concepts=_typed(table.assign(rank=np.arange(len(table)))),
         vectors=vectors,
-        recognisers={
-            layer: _recogniser(one, theirs.recognisers.get(layer), taken, other, len(new), vectors[layer])
-            for layer, one in a.recognisers.items()
-        },
+        recognisers=_recognisers(a, theirs, mine, other, vectors),
         baseline=a.baseline or {layer: row for layer, row in theirs.baseline.items() if layer in layers},
         sources=[*ours.sources, *(source for source in theirs.sources if source not in ours.sources)],
     )
@@ -324,29 +320,38 @@ def _replaced(
     return pd.concat(parts).sort_index(), changed
 
 
-def _recogniser(
-    ours: Recogniser, theirs: Recogniser | None, mine: Any, other: Any, n_new: int, vectors: Tensor
-) -> Recogniser:
-    """Ours, with rows `mine` and the new ones behind as the other dictionary has them.
+def _recognisers(
+    ours: "ConceptDictionary",
+    theirs: "ConceptDictionary",
+    mine: Any,
+    other: Any,
+    merged: Mapping[int, Tensor],
+) -> dict[int, Recogniser]:
+    """Ours, with shared rows where directions `merged` are the other dictionary's, and its new rows behind.
 
-    Its thresholds hold where its readings vary as ours do; else its concepts have scores and none.
+    Its thresholds hold where its readings vary as ours do; else what is taken has scores and no threshold.
     """
-    own = len(ours.concepts)
-    at = np.concatenate([mine, np.arange(own, own + n_new)]).astype(np.int64)
-    if theirs is not None and ours.same_scale(theirs):
-        new = np.setdiff1d(np.arange(len(theirs.concepts)), other)
-        source = theirs.rows(np.concatenate([other[: len(mine)], new]).astype(np.int64))
-    else:
-        source = ours.rows(at[:0]).grown(vectors[torch.as_tensor(at)])
-    order = np.concatenate([np.setdiff1d(np.arange(own), mine), at])
-    both = dataclasses.replace(
-        ours,
-        vectors=torch.cat([ours.rows(order[: own - len(mine)]).vectors, source.vectors]),
-        concepts=pd.concat(
-            [ours.concepts.iloc[order[: own - len(mine)]], source.concepts], ignore_index=True
-        ),
-    )
-    return both.rows(np.argsort(order))
+    own, found = len(ours), {}
+    new = np.setdiff1d(np.arange(len(theirs)), other)
+    for layer, one in ours.recognisers.items():
+        turned = (merged[layer][mine] != ours.vectors[layer][mine]).any(1).numpy()
+        its, at = (
+            theirs.recognisers.get(layer),
+            np.concatenate([mine[turned], np.arange(own, own + len(new))]),
+        )
+        if its is not None and one.same_scale(its):
+            source = its.rows(np.concatenate([other[turned], new]))
+        else:
+            source = one.rows(at[:0]).grown(merged[layer][at])
+        both = dataclasses.replace(
+            one,
+            vectors=torch.cat([one.vectors, source.vectors]),
+            concepts=pd.concat([one.concepts, source.concepts], ignore_index=True),
+        )
+        order = np.arange(own + len(new))
+        order[at] = own + np.arange(len(at))
+        found[layer] = both.rows(order)
+    return found
 
 
 # What tells two apart.

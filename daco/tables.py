@@ -110,8 +110,8 @@ def recognition_schema(d_model: int) -> pa.Schema:
     """One row per concept of one layer, what tells from a reading whether it is shown.
 
     `vector` times (reading - mean) is its score, in standard deviations; `threshold` the score from which on
-    it is named (null: never); `n_shown` how many training stimuli show it; `precision` and `recall` those of
-    its name among training stimuli that were left out in turn (null: never named).
+    it is named (null: never); `n_shown` how many training stimuli show it, left out in turn while others that
+    do were not; `precision` and `recall` those of its name among them (null: never named).
     """
     return pa.schema(
         [

@@ -231,14 +231,30 @@ def test_thresholds_of_another_dictionary_hold_only_where_readings_vary_alike(
     assert list(merged.concepts["concept"]) == WORDS
     for layer in LAYERS:
         one, plain = merged.recognisers[layer], dictionary.recognisers[layer].concepts["threshold"].to_numpy()
-        shared = np.arange(3, 9)
         expected = plain.copy()
-        expected[9:] = plain[9:] + 0.5 if same else np.nan
-        if keep == "theirs":
-            expected[shared] = plain[shared] + 0.5 if same else np.nan
+        theirs_now = [*range(9, N_CONCEPTS), *([5] if keep == "theirs" else [])]  # new, or turned
+        expected[theirs_now] = plain[theirs_now] + 0.5 if same else np.nan
         np.testing.assert_allclose(one.concepts["threshold"], expected)
         torch.testing.assert_close(one.vectors, discriminants(merged.raw(layer), one.inverse).float())
         torch.testing.assert_close(one.mean, dictionary.recognisers[layer].mean)
+
+
+def test_what_another_dictionary_does_not_tell_stays_told(dictionary: ConceptDictionary) -> None:
+    """It was loaded without recognition, and has another label and another direction."""
+    plain = dataclasses.replace(dictionary, recognisers={})
+    other = dataclasses.replace(plain, concepts=plain.concepts.assign(polarity="neutral"))
+    kept = dictionary.merge(other, on_conflict="theirs").dictionary
+    assert set(kept.concepts["polarity"]) == {"neutral"}
+    for layer, one in dictionary.recognisers.items():
+        pd.testing.assert_frame_equal(kept.recognisers[layer].concepts, one.concepts)
+        assert torch.equal(kept.recognisers[layer].vectors, one.vectors)
+    turned = {layer: torch.cat([rows[:2], -rows[2:3], rows[3:]]) for layer, rows in plain.vectors.items()}
+    kept = dictionary.merge(dataclasses.replace(plain, vectors=turned), on_conflict="theirs").dictionary
+    for layer, one in dictionary.recognisers.items():
+        told = kept.recognisers[layer].concepts["threshold"].notna()
+        assert set(np.flatnonzero(one.concepts["threshold"].notna() & ~told)) == {2}
+        torch.testing.assert_close(kept.recognisers[layer].vectors[2], -one.vectors[2])
+    assert plain.merge(dictionary).dictionary.recognisers == {}
 
 
 # To disk and back.
