@@ -445,8 +445,6 @@ def kernels_for(device: torch.device) -> Any:
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    if device.index is not None and device.index != torch.cuda.current_device():
-        return None  # Triton starts kernels on the current one
     try:
         from builders import retrieval_kernels
 
@@ -797,11 +795,24 @@ class _Proposer:
     def _far_exactly(
         self, queries: Ints, values: Tensor, between: tuple[Floats, Floats], draws: Sequence[Ints], n: int
     ) -> list[Ints]:
-        """`_far` of some queries [m], values [m, pool]: float64 orders the members about the middle."""
+        """`_far` of some queries [m], values [m, pool]: float64 orders the members about the middle.
+
+        Those are few, but for data whose cosines are often below zero: half the pool ties at the clamp then.
+        """
         low, high = (torch.from_numpy(bound).to(self.device)[:, None] for bound in between)
-        far = values < low
+        far, unsure = values < low, (values >= low) & (values <= high)
+        # A pair takes about 128 bytes here: of all threads together an eighth of the memory.
+        if len(queries) > 1 and int(unsure.sum()) > self.engine.memory * 2**10 // self.workers.n:
+            halves = slice(0, len(queries) // 2), slice(len(queries) // 2, None)
+            return [
+                rows
+                for part in halves
+                for rows in self._far_exactly(
+                    queries[part], values[part], (between[0][part], between[1][part]), draws[part], n
+                )
+            ]
         n_near = len(self.pool) // 2 - (values > high).sum(1).cpu().numpy()
-        who, column = _true(~far & (values <= high))
+        who, column = _true(unsure)
         member, asker = column.cpu().numpy(), who.cpu().numpy()
         rows, asked = self.pool[member], queries[asker]
         exact = self.exact(*(torch.from_numpy(found).to(self.device) for found in (asked, rows)))

@@ -57,4 +57,5 @@ def take_above(
     """
     grid = (len(image), triton.cdiv(len(rows), BLOCK))
     size = (len(rows), image.shape[1], values.shape[1])
-    _take_above[grid](image, text, bar, rows, values, columns, count, *size, BLOCK=BLOCK)
+    with torch.cuda.device_of(image):  # Triton starts kernels on the current device, which need not be this
+        _take_above[grid](image, text, bar, rows, values, columns, count, *size, BLOCK=BLOCK)

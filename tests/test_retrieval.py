@@ -310,6 +310,43 @@ def test_a_gpu_settles_doubtful_halves_of_the_pool_in_several_goes(
         assert max(asked) == 4 * 2**14 // 1100
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("kind", [barely, nearly_tied])
+def test_halves_of_the_pool_that_tie_are_settled_within_the_memory(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, gpu: bool
+) -> None:
+    """Where most cosines are below zero, most of the pool is at the clamp: every query asks for all of it."""
+    monkeypatch.setattr("builders.retrieval._on_gpu", lambda engine: gpu)
+    settling, queries_and_pairs = [0], []
+    far_exactly, exact = _Proposer._far_exactly, _Proposer.exact
+
+    def settled(self: Any, queries: np.ndarray, *rest: Any) -> list[np.ndarray]:
+        settling[0] = len(queries)
+        found = far_exactly(self, queries, *rest)
+        settling[0] = 0
+        return found
+
+    def counted(self: Any, who: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        if settling[0]:
+            queries_and_pairs.append((settling[0], len(who)))
+        return exact(self, who, columns)
+
+    monkeypatch.setattr(_Proposer, "_far_exactly", settled)
+    monkeypatch.setattr(_Proposer, "exact", counted)
+    corpus, queries = made(kind, n=1203)
+    pool, draws = draw_pool(1203, 1100, SEED), draws_of(7, 1100)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        engine = Engine(memory=2, block=96)
+        found = search(queries, corpus, K, pool=pool, draws=draws, n_negative=N_NEGATIVE, engine=engine)
+    finally:
+        torch.set_num_threads(before)
+    assert rows_of(found) == naive(corpus, queries, K, pool, draws)
+    assert sum(pairs for _, pairs in queries_and_pairs) > 2 * 2048
+    assert all(pairs <= 2048 for n, pairs in queries_and_pairs if n > 1)
+
+
 def test_what_cannot_be_read_ends_a_search_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def torn(self: Rows, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         raise OSError("Input/output error")
