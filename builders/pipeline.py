@@ -31,6 +31,7 @@ class Stage:
     name: str
     module: str
     sections: tuple[str, ...]
+    """Names of sections, or of one field: `sae.holdout`."""
     upstream: tuple[str, ...]
 
 
@@ -46,7 +47,7 @@ STAGES = (
     Stage(
         "recognition",
         "recognition",
-        ("activations", "sae", "recognition"),
+        ("sae.holdout", "recognition"),  # hours at full size: no other field of `sae` must start it anew
         ("corpus", "stimuli", "polarity", "activations"),
     ),
     Stage("sae", "train_sae", ("activations", "sae"), ("activations", "directions")),
@@ -150,9 +151,13 @@ def _run_stage(stage: Stage, recipe: Recipe, out: Path) -> bool:
 
 def _sections(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """The sections a stage depends on; a local file or folder counts by what is in it, not by its place."""
-    facts = {name: dataclasses.asdict(getattr(recipe, name)) for name in ("run", *stage.sections)}
+    facts = {}
+    for name in ("run", *stage.sections):
+        section, _, field = name.partition(".")
+        values = dataclasses.asdict(getattr(recipe, section))
+        facts[section] = {field: values[field]} if field else values
     for section, field in LOCAL_FIELDS:
-        if section in facts and facts[section][field]:
+        if facts.get(section, {}).get(field):
             facts[section][field] = _digest(Path(facts[section][field]))
     if stage.name != "release":
         for name in LICENCE_FIELDS & facts.get("corpus", {}).keys():

@@ -32,6 +32,7 @@ from small_run import (
 from builders import atoms, directions, names, release, train_sae
 from builders import recognition as stage
 from builders.directions import contrast, load_dictionary
+from builders.pipeline import STAGES, open_stage
 from builders.tokens import held_out
 from daco import ConceptDictionary
 from daco.errors import ActivationError, DiskError
@@ -39,7 +40,7 @@ from daco.manifest import canonical_json, check_files, read_manifest
 from daco.tables import CONCEPTS, LINKS, STIMULI, table_of, write_table
 
 SECTIONS = {"sae": {"n_atoms": 37, "k": 3, "steps": 4, "batch": 17, "holdout": 0.3}}
-IDS = stimulus_ids(23)
+STAGE = next(one for one in STAGES if one.name == "recognition")
 
 
 # What captions say.
@@ -350,6 +351,28 @@ def test_killed_and_resumed_equals_undisturbed(upstream, at):
         run(upstream, killed_at=at)
     assert len(list((upstream / "recognition" / "shards").iterdir())) == at
     assert digests(run(upstream)) == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "anew"),
+    [
+        ("sae", "holdout", 0.2, True),
+        ("recognition", "folds", 3, True),
+        ("recognition", "min_precision", 0.6, True),
+        ("sae", "steps", 7, False),
+        ("sae", "n_atoms", 64, False),
+        ("atoms", "eta", 0.4, False),
+    ],
+)
+def test_it_is_found_anew_where_what_it_rests_on_changes(upstream, section, field, value, anew):
+    def opens(**sections):
+        return open_stage(STAGE, small_recipe(**sections), upstream)
+
+    base = {"sae": {"holdout": 0.3}, "recognition": {"folds": 4}}
+    stage.run(opens(**base))
+    assert opens(**base) is None
+    changed = opens(**base | {section: base.get(section, {}) | {field: value}})
+    assert (changed is not None) == anew
 
 
 def test_blocks_do_not_change_what_is_found(upstream, monkeypatch):
