@@ -281,7 +281,9 @@ class SaeConfig:
     """An atom that did not fire for so many tokens is dead."""
     select: str = "auto"
     """dtype in which TopK and BatchTopK select atoms: `auto`, `float32`, `bfloat16` or `int8`; the values of
-    the selected are float32 always. `auto` takes what the machine is quickest in."""
+    the selected are float32 always. `auto` takes what the machine is quickest in. On a GPU with Triton
+    `bfloat16`, which `auto` is there, also rounds what reconstructions and gradients are summed up from
+    (decoder rows, errors, activations); sums, weights and Adam are float32. `float32` rounds nothing."""
     steps: int = 500
     """Training steps."""
     batch: int = 512

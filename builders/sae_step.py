@@ -319,7 +319,7 @@ class Step:
         weights: W_enc [m, d] (rows are atoms), b_enc [m], W_dec [m, d], b_dec [d]; JumpReLU: log_threshold
             [m].
         config: The recipe's section.
-        dtype: Of the selection; see `quickest`, which is asked where it is empty.
+        dtype: Of the selection, and of what `read` gives; see `quickest`, which is asked where it is empty.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], config: SaeConfig, dtype: str = "") -> None:
