@@ -26,7 +26,7 @@ MEASURED = ("threshold", "n_shown", "precision", "recall")
 """What is known of each concept of a layer; see `daco.tables.recognition_schema`."""
 
 BLOCK = 1_024
-"""Concepts at a time, which bounds the room that float64 takes."""
+"""Readings, and concepts, at a time, which bounds the room that float64 takes."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,10 @@ def recognise(
     parts, notes = [], []
     for layer in sorted(readings):
         z = _checked(readings[layer], dictionary.model.hidden_size, layer)
-        named, far = _layer(dictionary, layer, z, n, unusual_ok)
-        parts.append(named)
-        notes += far
+        for number, block in enumerate(torch.split(z, BLOCK)):
+            named, far = _layer(dictionary, layer, block, number * BLOCK, n, unusual_ok)
+            parts.append(named)
+            notes += far
     found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
     found = found.sort_values(["reading", "layer"], kind="stable", ignore_index=True)
     found.attrs["notes"] = notes
@@ -174,9 +175,11 @@ def _checked(z: Tensor, width: int, layer: int) -> Tensor:
 
 
 def _layer(
-    dictionary: "ConceptDictionary", layer: int, z: Tensor, n: int | None, unusual_ok: bool
+    dictionary: "ConceptDictionary", layer: int, z: Tensor, first: int, n: int | None, unusual_ok: bool
 ) -> tuple[pd.DataFrame, list[str]]:
-    """What the readings of one layer show, the highest over its threshold first; which are not usual."""
+    """What readings of one layer, from number `first` on, show, the highest over its threshold first; which
+    are not usual.
+    """
     one = dictionary.recognisers[layer]
     scores, distance = one.scores(z), one.distance(z)
     far = (distance > one.usual).nonzero().flatten().tolist()
@@ -187,12 +190,12 @@ def _layer(
     table = dictionary.concepts[["concept_id", "concept", "polarity"]].iloc[concept].reset_index(drop=True)
     measures = one.concepts[["threshold", "precision"]].iloc[concept].reset_index(drop=True)
     table = pd.concat([table, measures], axis=1).assign(
-        reading=reading.numpy(), layer=layer, score=scores[reading, concept].numpy()
+        reading=first + reading.numpy(), layer=layer, score=scores[reading, concept].numpy()
     )
     what = "names may be wrong" if unusual_ok else "nothing is named"
     notes = [
-        f"reading {i}, layer {layer}: unlike the stimuli, {float(distance[i]):.1f} from their mean where "
-        f"99 % are within {one.usual:.1f}: {what}"
+        f"reading {first + i}, layer {layer}: unlike the stimuli, {float(distance[i]):.1f} from their mean "
+        f"where 99 % are within {one.usual:.1f}: {what}"
         for i in far
     ]
     return table[list(COLUMNS)], notes

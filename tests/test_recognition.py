@@ -116,14 +116,22 @@ def test_of_a_reading_unlike_the_stimuli_nothing_is_named(dictionary: ConceptDic
     assert anyway.attrs["notes"][0].endswith("names may be wrong")
 
 
-def test_blocks_of_concepts_do_not_change_scores(
+def test_blocks_do_not_change_what_is_found(
     dictionary: ConceptDictionary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, z = dictionary.recognisers[1], readings(dictionary, 5)[1]
+    one, given = dictionary.recognisers[1], readings(dictionary, 11)
+    z = given[1]
+    given[2][9] += 100
     expected = one.scores(z), discriminants(dictionary.raw(1), one.inverse)
+    whole = dictionary.recognise(given, n=3)
     monkeypatch.setattr("daco.recognition.BLOCK", 4)
     torch.testing.assert_close(one.scores(z), expected[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(discriminants(dictionary.raw(1), one.inverse), expected[1])
+    found = dictionary.recognise(given, n=3)
+    pd.testing.assert_frame_equal(found, whole)
+    assert found.attrs["notes"] == whole.attrs["notes"]
+    assert any(note.startswith("reading 9, layer 2: unlike") for note in found.attrs["notes"])
+    assert {1, 10} <= set(found["reading"]) - {9}
 
 
 def test_a_discriminant_of_nothing_is_zero(dictionary: ConceptDictionary) -> None:
