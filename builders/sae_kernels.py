@@ -2,8 +2,8 @@
 
 Reads and writes nothing; `builders.sae_step` and `builders.sae_training` have the same in torch. Triton comes
 with torch's CUDA builds; without it this module cannot be imported and the plain way is taken. Every program
-owns what it writes: without atomics the same inputs give the same sums, and nothing waits for the GPU. Kernels
-start on the current device, where all tensors must lie.
+owns what it writes: without atomics the same inputs give the same sums, and nothing waits for the GPU.
+Kernels start on the current device, where all tensors must lie.
 """
 
 import torch
