@@ -8,7 +8,7 @@ Reads `corpus/` (captions), `stimuli/links.parquet`, `polarity/concepts.parquet`
 
 import hashlib
 import json
-import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,8 +48,6 @@ CHUNK = 4_096
 HELD = -1
 """Part of the stimuli that are held out; those of the others are 0, 1, ..."""
 
-_WORD = re.compile(r"[^\W_]+")
-
 
 # What captions say.
 
@@ -76,7 +74,20 @@ class Said:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(_WORD.findall(text.casefold()))
+    """Letters, with the marks on them, and digits that stand together, in one case and form."""
+    plain = unicodedata.normalize("NFKC", text.casefold())
+    pairs = zip(f" {plain}", plain, strict=False)
+    kept = (c if c.isalnum() or (_is_mark(c) and _in_word(before)) else " " for before, c in pairs)
+    return tuple("".join(kept).split())
+
+
+def _is_mark(character: str) -> bool:
+    """Of vowels in many scripts, of accents that no composed letter has."""
+    return unicodedata.category(character)[0] == "M"
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or _is_mark(character)
 
 
 # How readings vary.

@@ -55,6 +55,16 @@ def test_captions_say_whole_words_however_they_are_written():
     assert stage.Said([]).of("fire") == set()
 
 
+def test_letters_keep_their_marks_and_have_one_form():
+    said = stage.Said(["caf\u00e9", "\u0915\u093e", "\u0915\u093f", "fire"])  # two vowels on one consonant
+    assert said.of("A CAFE\u0301!") == {0}
+    assert said.of("a cafe") == set()
+    assert said.of("\u0915\u093f, \u0915") == {2}
+    assert said.of("\u0915\u093e") == {1}
+    assert said.of("\uff26\uff29\uff32\uff25") == {3}  # full-width letters
+    assert said.of("\u2615\ufe0ffire\u2615\ufe0f") == {3}  # marks of emoji are on no letter
+
+
 def test_shown_is_kept_in_order():
     each = [{3, 1}, set(), {0}, {2, 4}]
     shown, rows = stage.Shown.of(each), np.array([3, 0, 1])
