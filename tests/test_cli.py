@@ -241,9 +241,10 @@ def test_explain_names_the_atoms_that_fire(cli: Daco, folders: Folders) -> None:
     assert out.startswith("layer\tatom\tpolarity")
 
 
-def recognising(folders: Folders, folder: Path, usual: float) -> str:
+def recognising(folders: Folders, folder: Path, usual: float, words: list[str] = WORDS) -> str:
     """The dictionary, which recognises every second concept whatever is read, of usual readings."""
     known = daco.ConceptDictionary.from_pretrained(folders.dataset)
+    known = dataclasses.replace(known, concepts=known.concepts.assign(concept=words))
     table = pd.DataFrame({"threshold": [-1e6, 1e6] * 6 + [None], "n_shown": 7})
     table = measured(table.assign(precision=0.75, recall=0.5))
     one = Recogniser(torch.zeros(D_MODEL), torch.eye(D_MODEL), torch.ones(13, D_MODEL), table, usual)
@@ -286,6 +287,11 @@ def test_explain_tells_what_is_shown_beside_the_atoms(cli: Daco, folders: Folder
     assert "nothing that can be named" in cli(*arguments, "-d", far)[1]
     refused(cli(*arguments, "-d", folders.dataset), "expected a dictionary that tells what is shown")
     refused(cli(*arguments, "-i", folders.image, "-d", near), "--dictionary: expected at most one --image")
+    hostile = recognising(folders, tmp_path / "hostile", 1e9, [HOSTILE, *WORDS[1:]])
+    code, out, error = cli(*arguments, "-d", hostile)
+    assert code == 0
+    assert "\tevil [31m 2J [bold]x[/bold] abc   :smile:\t" in out
+    assert not set("\x1b\x9b\x07\r\u202e") & set(out + error)
 
 
 def chat(cli: Daco, folders: Folders, lines: str, *options: str) -> tuple[int, list[dict[str, Any]]]:
