@@ -21,7 +21,7 @@ import transformers
 
 from builders import clip, corpus, embeddings
 from builders.recipe import Recipe, load_recipe
-from builders.retrieval import Scores, cosines
+from builders.scores import Scores, cosines
 from builders.stages import Work, done, fingerprint
 from builders.stimuli import embed_concepts
 from builders.vocabulary import caption_name

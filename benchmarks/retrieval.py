@@ -37,24 +37,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from builders.retrieval import (
-    FLOOR,
-    Corpus,
-    Engine,
-    Floats,
-    Found,
-    Ints,
-    Rows,
-    Scores,
-    Searched,
-    draw_places,
-    draw_pool,
-    exact_scores,
-    exhaustive,
-    onednn_product,
-    ranked,
-    search,
-)
+from builders.proposals import Engine, onednn_product
+from builders.retrieval import Searched, draw_places, draw_pool, search
+from builders.scores import FLOOR, Corpus, Floats, Found, Ints, Rows, Scores, exact_scores, exhaustive, ranked
 
 RESULTS = Path(__file__).parent / "results" / "retrieval.json"
 TOP_K, POOL, LATENT = 32, 65_536, 24

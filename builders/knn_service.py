@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from builders.retrieval import Corpus, Engine, Floats, Found, Ints, Rows, exact_scores, ranked, search
+from builders.proposals import Engine
+from builders.retrieval import search
+from builders.scores import Corpus, Floats, Found, Ints, Rows, exact_scores, ranked
 from daco.errors import CorpusError, FormatError
 
 TRIES = 3

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from builders.embeddings import Embeddings, load_embeddings
-from builders.retrieval import Floats, Rows
+from builders.scores import Floats, Rows
 from daco.tables import LINKS, read_table
 
 

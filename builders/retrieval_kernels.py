@@ -1,4 +1,4 @@
-"""What the search does with the cosines of a block as a Triton kernel; `builders.retrieval` has it in torch.
+"""What the search does with the cosines of a block as a Triton kernel; `builders.proposals` has it in torch.
 
 Reads and writes nothing. Triton comes with torch's CUDA builds; without it this module cannot be imported and
 torch's operations are taken, which go through the cosines several times instead of once.

@@ -18,17 +18,10 @@ import torch
 from builders.clip import Clip, clip_of
 from builders.embeddings import Embeddings, load_embeddings
 from builders.knn_service import Service, propose, recall, search_candidates, search_negatives
+from builders.proposals import Engine
 from builders.recipe import StimuliConfig
-from builders.retrieval import (
-    Corpus,
-    Engine,
-    Floats,
-    Found,
-    Ints,
-    draw_places,
-    draw_pool,
-    search,
-)
+from builders.retrieval import draw_places, draw_pool, search
+from builders.scores import Corpus, Floats, Found, Ints
 from builders.stages import Work, summed_counts
 from daco.errors import CorpusError, FormatError
 from daco.manifest import canonical_json, write_atomic

@@ -9,7 +9,7 @@ import torch
 import triton
 from test_retrieval import KINDS, looked_up, made, rows_of
 
-from builders import retrieval, retrieval_kernels
+from builders import proposals, retrieval_kernels
 
 
 def search() -> None:
@@ -23,11 +23,11 @@ def search() -> None:
         called[1] += int(given[-1].max()) > given[-2].shape[1]
 
     retrieval_kernels.take_above = counted
-    retrieval._on_gpu = lambda engine: True
-    retrieval.onednn_product = lambda: None
-    retrieval.kernels_for = lambda device: retrieval_kernels
+    proposals.on_gpu = lambda engine: True
+    proposals.onednn_product = lambda: None
+    proposals.kernels_for = lambda device: retrieval_kernels
     for margin in ({"float32": 16, "bfloat16": 80}, {"float32": 0, "bfloat16": 0}):
-        retrieval.MARGIN = margin
+        proposals.MARGIN = margin
         for kind in KINDS:
             for dtype in ("float32", "bfloat16"):
                 found, expected = looked_up(*made(kind), dtype=dtype, block=96, tile=3)

@@ -30,7 +30,8 @@ from small_run import opened
 from builders import clip, corpus, embeddings, stimuli, vocabulary
 from builders.knn_service import Service, propose, recall, search_candidates
 from builders.recipe import Recipe
-from builders.retrieval import Corpus, search
+from builders.retrieval import search
+from builders.scores import Corpus
 from builders.stages import done
 from daco.tables import read_table
 

@@ -11,8 +11,10 @@ import pytest
 from test_retrieval import N_NEGATIVE, SEED, clip_like, draws_of, made, rows_of
 
 from builders.knn_service import Service, propose, recall, search_candidates, search_negatives
+from builders.proposals import Engine
 from builders.recipe import StimuliConfig
-from builders.retrieval import Corpus, Engine, draw_pool, search
+from builders.retrieval import draw_pool, search
+from builders.scores import Corpus
 from builders.stimuli import find_candidates
 from daco.errors import CorpusError, FormatError
 

@@ -8,18 +8,9 @@ import pytest
 import torch
 
 from builders.embeddings import unit_half
-from builders.retrieval import (
-    Corpus,
-    Engine,
-    Rows,
-    Searched,
-    _Proposer,
-    draw_places,
-    draw_pool,
-    exact_scores,
-    exhaustive,
-    search,
-)
+from builders.proposals import Engine, Proposer
+from builders.retrieval import Searched, draw_places, draw_pool, search
+from builders.scores import Corpus, Rows, exact_scores, exhaustive
 from daco.errors import FormatError, RecipeError
 
 SEED, K, N_NEGATIVE = 11, 6, 5
@@ -249,7 +240,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_gives_the_same(monkeypatch: pytest.MonkeyPatch, kind: Any, dtype: str, triton: bool) -> None:
     if not triton:
-        monkeypatch.setattr("builders.retrieval.kernels_for", lambda device: None)
+        monkeypatch.setattr("builders.proposals.kernels_for", lambda device: None)
     corpus, queries = made(kind)
     found, expected = looked_up(corpus, queries, dtype=dtype, device="cuda", block=96, tile=3)
     assert rows_of(found) == expected
@@ -263,8 +254,8 @@ def test_a_gpu_s_way_of_working_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, kind: Any, dtype: str, threads: int
 ) -> None:
     """Blocks read ahead by threads, one thread that computes: here with a processor as the device."""
-    monkeypatch.setattr("builders.retrieval._on_gpu", lambda engine: True)
-    monkeypatch.setattr("builders.retrieval.onednn_product", lambda: None)  # as on a GPU
+    monkeypatch.setattr("builders.proposals.on_gpu", lambda engine: True)
+    monkeypatch.setattr("builders.proposals.onednn_product", lambda: None)  # as on a GPU
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -282,14 +273,14 @@ def test_a_gpu_s_way_of_working_gives_the_same(
 def test_a_gpu_settles_doubtful_halves_of_the_pool_in_several_goes(
     monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
-    monkeypatch.setattr("builders.retrieval._on_gpu", lambda engine: True)
-    asked, far_exactly = [], _Proposer._far_exactly
+    monkeypatch.setattr("builders.proposals.on_gpu", lambda engine: True)
+    asked, far_exactly = [], Proposer._far_exactly
 
     def counted(self: Any, queries: np.ndarray, *rest: Any) -> list[np.ndarray]:
         asked.append(len(queries))
         return far_exactly(self, queries, *rest)
 
-    monkeypatch.setattr(_Proposer, "_far_exactly", counted)
+    monkeypatch.setattr(Proposer, "_far_exactly", counted)
     corpus, queries = made(kind, n=1203)
     pool = draw_pool(1203, 1100, SEED)
     draws = draws_of(7, 1100)
@@ -316,9 +307,9 @@ def test_halves_of_the_pool_that_tie_are_settled_within_the_memory(
     monkeypatch: pytest.MonkeyPatch, kind: Any, gpu: bool
 ) -> None:
     """Where most cosines are below zero, most of the pool is at the clamp: every query asks for all of it."""
-    monkeypatch.setattr("builders.retrieval._on_gpu", lambda engine: gpu)
+    monkeypatch.setattr("builders.proposals.on_gpu", lambda engine: gpu)
     settling, queries_and_pairs = [0], []
-    far_exactly, exact = _Proposer._far_exactly, _Proposer.exact
+    far_exactly, exact = Proposer._far_exactly, Proposer.exact
 
     def settled(self: Any, queries: np.ndarray, *rest: Any) -> list[np.ndarray]:
         settling[0] = len(queries)
@@ -331,8 +322,8 @@ def test_halves_of_the_pool_that_tie_are_settled_within_the_memory(
             queries_and_pairs.append((settling[0], len(who)))
         return exact(self, who, columns)
 
-    monkeypatch.setattr(_Proposer, "_far_exactly", settled)
-    monkeypatch.setattr(_Proposer, "exact", counted)
+    monkeypatch.setattr(Proposer, "_far_exactly", settled)
+    monkeypatch.setattr(Proposer, "exact", counted)
     corpus, queries = made(kind, n=1203)
     pool, draws = draw_pool(1203, 1100, SEED), draws_of(7, 1100)
     before = torch.get_num_threads()
@@ -351,7 +342,7 @@ def test_what_cannot_be_read_ends_a_search_on_a_gpu(monkeypatch: pytest.MonkeyPa
     def torn(self: Rows, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         raise OSError("Input/output error")
 
-    monkeypatch.setattr("builders.retrieval._on_gpu", lambda engine: True)
+    monkeypatch.setattr("builders.proposals.on_gpu", lambda engine: True)
     corpus, queries = made(clip_like)
     monkeypatch.setattr(Rows, "take", torn)
     with pytest.raises(OSError, match="Input/output error"):
@@ -360,7 +351,7 @@ def test_what_cannot_be_read_ends_a_search_on_a_gpu(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_onednn_the_answer_is_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    monkeypatch.setattr("builders.retrieval.onednn_product", lambda: None)
+    monkeypatch.setattr("builders.proposals.onednn_product", lambda: None)
     found, expected = looked_up(*made(clip_like), dtype=dtype)
     assert rows_of(found) == expected
 
@@ -369,15 +360,15 @@ def test_products_of_rounded_factors_are_refused(monkeypatch: pytest.MonkeyPatch
     def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a.bfloat16() @ b.bfloat16().T).float()
 
-    monkeypatch.setattr("builders.retrieval.onednn_product", lambda: rounded)
+    monkeypatch.setattr("builders.proposals.onednn_product", lambda: rounded)
     with pytest.raises(RecipeError, match="expected float32 products in float32"):
         looked_up(*made(clip_like))
 
 
 def test_rows_that_rounding_moves_far_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound grows with the rows that are met; what was dropped before by a smaller one is found again."""
-    monkeypatch.setattr("builders.retrieval.MOVED", 0.0)
-    monkeypatch.setattr("builders.retrieval.MARGIN", {"float32": 0, "bfloat16": 0})
+    monkeypatch.setattr("builders.proposals.MOVED", 0.0)
+    monkeypatch.setattr("builders.proposals.MARGIN", {"float32": 0, "bfloat16": 0})
     for kind in (clip_like, nearly_tied, rising):
         found, expected = looked_up(*made(kind), dtype="bfloat16", block=32)
         assert rows_of(found) == expected

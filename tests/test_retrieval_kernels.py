@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from builders import retrieval
+from builders import proposals
 
 SCRIPT = Path(__file__).with_name("retrieval_triton.py")
 
@@ -40,11 +40,11 @@ def test_the_kernel_compiles_for_a_gpu() -> None:
 
 
 def test_without_triton_or_without_a_gpu_torch_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval.importlib.util, "find_spec", lambda name: None)
-    retrieval.kernels_for.cache_clear()
+    monkeypatch.setattr(proposals.importlib.util, "find_spec", lambda name: None)
+    proposals.kernels_for.cache_clear()
     for kind in ("cpu", "cuda"):
-        assert retrieval.kernels_for(torch.device(kind)) is None
-    retrieval.kernels_for.cache_clear()
+        assert proposals.kernels_for(torch.device(kind)) is None
+    proposals.kernels_for.cache_clear()
 
 
 def test_a_triton_that_cannot_compile_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,16 +52,16 @@ def test_a_triton_that_cannot_compile_is_done_without(monkeypatch: pytest.Monkey
         raise RuntimeError("no C compiler")
 
     broken = SimpleNamespace(tried=refuses)
-    monkeypatch.setattr(retrieval.importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(proposals.importlib.util, "find_spec", lambda name: "there")
     monkeypatch.setattr("builders.retrieval_kernels", broken, raising=False)
     monkeypatch.setitem(sys.modules, "builders.retrieval_kernels", broken)
-    retrieval.kernels_for.cache_clear()
+    proposals.kernels_for.cache_clear()
     with pytest.warns(UserWarning, match="goes on without Triton, more slowly: no C compiler"):
-        assert retrieval.kernels_for(torch.device("cuda")) is None
-    retrieval.kernels_for.cache_clear()
+        assert proposals.kernels_for(torch.device("cuda")) is None
+    proposals.kernels_for.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_with_triton_has_the_kernel() -> None:
     pytest.importorskip("triton")
-    assert retrieval.kernels_for(torch.device("cuda")) is not None
+    assert proposals.kernels_for(torch.device("cuda")) is not None

@@ -14,7 +14,8 @@ from small_run import Killed, digests, opened
 from builders import clip, corpus, embeddings, stimuli, vocabulary
 from builders.embeddings import Embeddings, unit_half
 from builders.recipe import Recipe, StimuliConfig
-from builders.retrieval import Corpus, Scores, draw_pool, search
+from builders.retrieval import draw_pool, search
+from builders.scores import Corpus, Scores
 from builders.stages import done
 from builders.stimuli import choose_links, embed_concepts, find_candidates
 from daco.errors import CorpusError, FormatError
