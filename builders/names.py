@@ -17,14 +17,13 @@ from builders.recognition import (
     Readings,
     Said,
     Shown,
-    captions_of,
+    corpus_columns,
     load_recogniser,
-    part_of,
     reading_ids,
 )
 from builders.stages import Work
 from builders.statistics import Interval, share
-from builders.tokens import read_facts
+from builders.tokens import held_out, read_facts
 from builders.train_sae import load_sae
 from daco.dictionary import ConceptDictionary
 from daco.recognition import Recogniser
@@ -82,10 +81,10 @@ def names_figures(work: Work, dictionary: ConceptDictionary) -> dict[str, dict[s
     source, folder = work.upstream("activations"), work.upstream("recognition")
     shards = with_readings(sorted((source / "shards").iterdir()))
     ids = reading_ids(shards)
-    config = work.recipe
-    part = np.array([part_of(i, config.sae.holdout, config.recognition.folds) for i in ids])
+    part = np.array([HELD if held_out(i, work.recipe.sae.holdout) else 0 for i in ids])
     said = Said(dictionary.concepts["concept"].tolist())
-    shown = Shown.of([said.of(caption) for caption in captions_of(work.upstream("corpus"), ids)])
+    (captions,) = corpus_columns(work.upstream("corpus"), ids, "caption")
+    shown = Shown.of([said.of(caption) for caption in captions])
     if not (part == HELD).any():
         return {}
     known, found = json.loads((folder / "facts.json").read_text("utf-8"))["layers"], {}

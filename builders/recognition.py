@@ -3,7 +3,7 @@
 Reads `corpus/` (captions), `stimuli/links.parquet`, `polarity/concepts.parquet` and readings of
 `activations/`; writes `recognition/facts.json` and, in a shard a layer, `statistics.safetensors` (`mean`,
 `inverse`), `concepts.parquet` (as releases have it) and `facts.json`. What is held out of SAE training (by
-`sae.holdout`) is held out here too, for the evaluation.
+`sae.holdout`) is held out here too, for the evaluation, and so are other captions of its pictures.
 """
 
 import hashlib
@@ -45,8 +45,9 @@ BLOCK = 1_024
 CHUNK = 4_096
 """Pairs of a stimulus and a concept that it shows, added up at a time."""
 
-HELD = -1
-"""Part of the stimuli that are held out; those of the others are 0, 1, ..."""
+HELD, PASSED = -1, -2
+"""Part of the stimuli that are held out, and of those with other captions of their pictures, which are on
+neither side; those of the others are 0, 1, ..."""
 
 
 # What captions say.
@@ -164,10 +165,25 @@ def shrunk(sums: Moments, about: Tensor) -> Shrunk:
 # Readings on disk, and what their stimuli show.
 
 
-def part_of(stimulus_id: str, holdout: float, folds: int) -> int:
-    """The part a stimulus belongs to, a function of its id alone: HELD, or a fold."""
-    if held_out(stimulus_id, holdout):
-        return HELD
+def parts_of(ids: Sequence[str], pictures: Sequence[str], holdout: float, folds: int) -> np.ndarray:
+    """The part of each stimulus, [n]: HELD, PASSED or a fold, one for all captions of a picture.
+
+    Args:
+        ids: Of the stimuli.
+        pictures: sha256 of each one's.
+        holdout: Share that is held out.
+        folds: How many there are.
+    """
+    held, first = [held_out(i, holdout) for i in ids], {}
+    seen = {picture for picture, one in zip(pictures, held, strict=True) if one}
+    for i, picture in zip(ids, pictures, strict=True):
+        first[picture] = min(i, first.get(picture, i))
+    passed_or_fold = [PASSED if p in seen else fold_of(first[p], folds) for p in pictures]
+    return np.where(held, HELD, passed_or_fold)
+
+
+def fold_of(stimulus_id: str, folds: int) -> int:
+    """The fold of a stimulus that is not held out, a function of its id alone."""
     digest = hashlib.sha256(f"recognition fold\0{stimulus_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % folds
 
@@ -421,14 +437,15 @@ def reading_ids(shards: Sequence[Path]) -> list[str]:
     return [i for shard in shards for i in json.loads((shard / "ids.json").read_text("utf-8"))]
 
 
-def captions_of(corpus: Path, ids: Sequence[str]) -> list[str]:
-    """Captions of these stimuli, in their order."""
+def corpus_columns(corpus: Path, ids: Sequence[str], *columns: str) -> list[list[str]]:
+    """Columns of the corpus, of these stimuli in their order."""
     wanted, found = set(ids), {}
-    columns = ["stimulus_id", "caption"]
-    for batch in pq.ParquetFile(corpus / "stimuli.parquet").iter_batches(8_192, columns=columns):
-        rows = zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
-        found.update((i, caption) for i, caption in rows if i in wanted)
-    return [found[i] for i in ids]
+    for batch in pq.ParquetFile(corpus / "stimuli.parquet").iter_batches(
+        8_192, columns=["stimulus_id", *columns]
+    ):
+        rows = zip(*(batch.column(name).to_pylist() for name in ("stimulus_id", *columns)), strict=True)
+        found.update((i, values) for i, *values in rows if i in wanted)
+    return [[found[i][n] for i in ids] for n in range(len(columns))]
 
 
 def run(work: Work) -> None:
@@ -436,10 +453,9 @@ def run(work: Work) -> None:
     config, source = work.recipe.recognition, work.upstream("activations")
     concepts = read_table(work.upstream("polarity") / "concepts.parquet", CONCEPTS).to_pandas()
     layers = read_facts(source)["layers"] if config.min_precision else []
-    if layers:
-        _calibrate_layers(work, concepts, layers)
+    facts = {"layers": layers, "stimuli": _calibrate_layers(work, concepts, layers) if layers else {}}
     named = sum(_facts(work.folder, layer)["named"] for layer in layers)
-    write_atomic(work.folder / "facts.json", canonical_json({"layers": layers}))
+    write_atomic(work.folder / "facts.json", canonical_json(facts))
     n = len(layers) * len(concepts)
     work.finish({"in": n, "out": named, "skipped": {"never_right_enough": n - named}})
 
@@ -448,12 +464,14 @@ def _facts(folder: Path, layer: int) -> dict[str, Any]:
     return dict(json.loads((folder / "shards" / shard_name(layer) / "facts.json").read_text("utf-8")))
 
 
-def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int]) -> None:
+def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int]) -> dict[str, int]:
+    """A shard a layer; how many stimuli there are, and how many of them are held out or passed over."""
     config = work.recipe.recognition
     shards = with_readings(sorted((work.upstream("activations") / "shards").iterdir()))
     ids = reading_ids(shards)
-    part = np.array([part_of(i, work.recipe.sae.holdout, config.folds) for i in ids])
-    shown = _shown(work, concepts, ids)
+    captions, pictures = corpus_columns(work.upstream("corpus"), ids, "caption", "image_sha256")
+    part = parts_of(ids, pictures, work.recipe.sae.holdout, config.folds)
+    shown = _shown(work, concepts, ids, captions)
     for position, layer in enumerate(work.progress(layers, unit="layer")):
         if work.has(shard_name(layer)):
             continue
@@ -463,12 +481,14 @@ def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int])
         )
         with work.shard(shard_name(layer)) as folder, writing(f"what tells the concepts of layer {layer}"):
             _write(folder, concepts, found)
+    held, passed = (int((part == which).sum()) for which in (HELD, PASSED))
+    return {"in": len(ids), "held_out": held, "picture_held_out": passed}
 
 
-def _shown(work: Work, concepts: pd.DataFrame, ids: Sequence[str]) -> Shown:
+def _shown(work: Work, concepts: pd.DataFrame, ids: Sequence[str], captions: Sequence[str]) -> Shown:
     """A stimulus shows what its caption names, and the concepts that it is a positive of."""
     said = Said(concepts["concept"].tolist())
-    found = [said.of(caption) for caption in captions_of(work.upstream("corpus"), ids)]
+    found = [said.of(caption) for caption in captions]
     number, place = ({name: i for i, name in enumerate(names)} for names in (concepts["concept_id"], ids))
     links = read_table(work.upstream("stimuli") / "links.parquet", LINKS)
     columns = (links.column(name).to_pylist() for name in ("concept_id", "stimulus_id", "role"))

@@ -162,6 +162,25 @@ def test_thresholds_equal_those_tried_one_by_one(min_precision):
     assert not never & {1, 5}
 
 
+def test_all_captions_of_a_picture_are_on_one_side():
+    ids = stimulus_ids(400)
+    pictures = [f"{n % 100 if n < 300 else n:064x}" for n in range(400)]  # a hundred have three captions
+    held = np.array([held_out(i, 0.2) for i in ids])
+    part = stage.parts_of(ids, pictures, 0.2, 4)
+    assert ((part == stage.HELD) == held).all()
+    for n in range(100):
+        of = part[[n, n + 100, n + 200]]
+        if held[[n, n + 100, n + 200]].any():
+            assert set(of) <= {stage.HELD, stage.PASSED}
+        else:
+            assert len(set(of)) == 1
+            assert 0 <= of[0] < 4
+    assert 60 < (part == stage.PASSED).sum() < 130
+    for n in range(300, 400):
+        assert part[n] == (stage.HELD if held[n] else stage.fold_of(ids[n], 4))
+    assert set(part[~held]) == {stage.PASSED, 0, 1, 2, 3}
+
+
 # A world whose concepts are planted.
 
 N, N_NAMED, WIDTH = 900, N_CONCEPTS, D_MODEL
@@ -185,14 +204,13 @@ def planted(out: Path, seed: int = 1) -> Path:
     work = opened(small_recipe(), out, "corpus")
     blank = {
         "image_url": "",
-        "image_sha256": "0" * 64,
         "width": 1,
         "height": 1,
         "source": "s",
         "file": "x.png",
     }
     table = [
-        blank | {"stimulus_id": i, "caption": text, "source_key": i}
+        blank | {"stimulus_id": i, "caption": text, "source_key": i, "image_sha256": f"{i:0>64}"}
         for i, text in zip(ids, told, strict=True)
     ]
     write_table(
@@ -292,10 +310,7 @@ def test_the_stage_equals_a_naive_one(upstream):
     z, ids, says = all_readings(upstream)
     shows = shown_naively(upstream, ids, says)
     assert (shows != says).sum() > 20  # positives whose captions do not say it
-    part = np.array([stage.part_of(i, 0.3, 4) for i in ids])
-    assert {i for i, p in zip(ids, part, strict=True) if p == stage.HELD} == {
-        i for i in ids if held_out(i, 0.3)
-    }
+    part = np.array([stage.HELD if held_out(i, 0.3) else stage.fold_of(i, 4) for i in ids])
     position, layer = 1, LAYERS[1]
     z = z[:, position]
     scores, distances = np.full((N, N_NAMED), np.nan), []
@@ -342,12 +357,20 @@ def test_names_are_right_as_often_as_was_asked_for_on_stimuli_that_nothing_was_m
         assert (as_many & says[held]).sum() < 0.6 * right
 
 
-def test_held_out_stimuli_have_no_part_in_it(upstream):
+def test_held_out_stimuli_and_their_pictures_have_no_part_in_it(upstream):
+    """Sixty stimuli are other captions of a picture that is held out."""
+    table = pd.read_parquet(upstream / "corpus" / "stimuli.parquet")
+    held = table.stimulus_id.map(lambda i: held_out(i, 0.3))
+    passed = table.index[~held][:60]
+    table.loc[passed, "image_sha256"] = table.image_sha256[held].iloc[0]
+    write_table(upstream / "corpus" / "stimuli.parquet", pa.Table.from_pandas(table, preserve_index=False))
     first = digests(run(upstream) / "shards")
+    found = json.loads((upstream / "recognition" / "facts.json").read_text())["stimuli"]
+    assert found == {"in": N, "held_out": held.sum(), "picture_held_out": 60}
+    apart = {*table.stimulus_id[held], *table.stimulus_id[passed]}
     for shard in sorted((upstream / "activations" / "shards").iterdir()):
         tensors = load_file(shard / "readings.safetensors")["readings"].clone()
-        held = torch.tensor([held_out(i, 0.3) for i in json.loads((shard / "ids.json").read_text())])
-        tensors[held] = 1e6
+        tensors[torch.tensor([i in apart for i in json.loads((shard / "ids.json").read_text())])] = 1e6
         save_file({"readings": tensors}, shard / "readings.safetensors")
     (upstream / "recognition" / "stage.json").unlink()
     assert digests(run(upstream) / "shards") == first
@@ -446,7 +469,7 @@ def test_a_full_disk_is_named_and_finished_layers_are_kept(upstream, monkeypatch
 def test_concepts_that_one_fold_alone_or_nothing_shows_are_never_named(upstream):
     """Of a fold's own score nothing is left where no other stimulus shows the concept."""
     ids = pq.read_table(upstream / "corpus" / "stimuli.parquet")["stimulus_id"].to_pylist()
-    parts = {i: stage.part_of(i, 0.3, 4) for i in ids}
+    parts = {i: stage.HELD if held_out(i, 0.3) else stage.fold_of(i, 4) for i in ids}
     table = pq.read_table(upstream / "corpus" / "stimuli.parquet").to_pandas()
     where = table.stimulus_id.map(parts)
     table.loc[where != 2, "caption"] = table.caption[where != 2].str.replace("concept 0,", "")
