@@ -28,7 +28,7 @@ import daco
 from builders.mllm import load_mllm
 from daco.cli import app, show
 from daco.cli.conversation import _Stream
-from daco.manifest import MANIFEST
+from daco.manifest import MANIFEST, canonical_json
 from daco.prompts import chat_inputs, turn
 from daco.recognition import Recogniser, measured
 from hub.publish import publish
@@ -287,6 +287,13 @@ def test_explain_tells_what_is_shown_beside_the_atoms(cli: Daco, folders: Folder
     assert "nothing that can be named" in cli(*arguments, "-d", far)[1]
     refused(cli(*arguments, "-d", folders.dataset), "expected a dictionary that tells what is shown")
     refused(cli(*arguments, "-i", folders.image, "-d", near), "--dictionary: expected at most one --image")
+    manifest = json.loads((tmp_path / "far" / MANIFEST).read_text("utf-8"))
+    for name in ("directions", "recognition", "statistics"):
+        manifest["configs"][f"{name}_other"] = manifest["configs"][f"{name}_tiny_vl"]
+    manifest["models"]["other"] = manifest["models"]["tiny_vl"]
+    (tmp_path / "far" / MANIFEST).write_text(canonical_json(manifest))
+    refused(cli(*arguments, "-d", far), "expected model to be one of ['other', 'tiny_vl'], got None")
+    assert said(cli(*arguments, "-d", far, "--of", "other", "--json"))["shown"] == []
     hostile = recognising(folders, tmp_path / "hostile", 1e9, [HOSTILE, *WORDS[1:]])
     code, out, error = cli(*arguments, "-d", hostile)
     assert code == 0

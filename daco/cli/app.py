@@ -305,6 +305,7 @@ def explain(
     dictionary: Annotated[
         str | None, typer.Option("-d", "--dictionary", help="Dataset release: tell what is shown, too.")
     ] = None,
+    of: Of = None,
     model: Model = None,
     revision: Revision = None,
     device: Device = "",
@@ -328,7 +329,7 @@ def explain(
     sae = SteeringSAE.from_pretrained(
         repo, revision=revision, layers=layers or None, local_files_only=offline
     )
-    known = _dictionary(dictionary, None, offline, layers or sorted(sae.layers), True) if dictionary else None
+    known = _dictionary(dictionary, of, offline, layers or sorted(sae.layers), True) if dictionary else None
     if known:
         known.recognise({})  # refused before a model is loaded, where the release does not hold what it takes
     mllm, processor = _base_model(sae, model, device, dtype)
