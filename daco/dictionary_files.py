@@ -146,7 +146,10 @@ def _recogniser(snapshot: Snapshot, name: str, layer: int, ids: list[str], d_mod
         raise FormatError(f"statistics_{name}/{split}: expected dimensions 0 to {d_model - 1}, got others")
     mean = torch.from_numpy(statistics.column("mean").to_numpy().copy())
     usual = float(snapshot.manifest["models"][name]["usual"][str(layer)])
-    return recogniser_of(table, mean, _rows(statistics, d_model), usual)
+    try:
+        return recogniser_of(table, mean, _rows(statistics, d_model), usual)
+    except FormatError as error:
+        raise FormatError(f"recognition_{name} or statistics_{name}, {split}: {error}") from error
 
 
 def recogniser_of(table: pa.Table, mean: Tensor, inverse: Tensor, usual: float) -> Recogniser:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from release_fixture import BASE, LAYERS, N_CONCEPTS, WORDS, write_dataset_release
@@ -314,6 +315,13 @@ def broken(folder: Path, config: str, change: object) -> Path:
     return folder
 
 
+def not_finite(table: pa.Table, column: str) -> pa.Table:
+    """The table with a NaN in its fourth row."""
+    rows, kind = table[column].to_pylist(), table.schema.field(column).type
+    rows[3] = [float("nan")] * D if column == "vector" else float("nan")
+    return table.set_column(table.schema.get_field_index(column), column, pa.array(rows, kind))
+
+
 def open_broken(folder: Path) -> None:
     assert (
         len(ConceptDictionary.from_pretrained(folder)) == N_CONCEPTS
@@ -322,7 +330,7 @@ def open_broken(folder: Path) -> None:
 
 
 def test_broken_tables_are_refused(dictionary: ConceptDictionary, tmp_path: Path) -> None:
-    for name in "abcd":
+    for name in "abcdef":
         dictionary.save_pretrained(tmp_path / name, model="tiny")
     reverse = list(range(N_CONCEPTS))[::-1]
     with pytest.raises(
@@ -333,6 +341,11 @@ def test_broken_tables_are_refused(dictionary: ConceptDictionary, tmp_path: Path
         open_broken(broken(tmp_path / "b", "statistics", lambda t: t.take(list(range(D))[::-1])))
     with pytest.raises(FormatError, match="expected column 'threshold'"):
         open_broken(broken(tmp_path / "c", "recognition", lambda t: t.drop_columns(["threshold"])))
+    for name, config, column in (("e", "recognition", "vector"), ("f", "statistics", "mean")):
+        with pytest.raises(
+            FormatError, match=r"recognition_tiny or statistics_tiny, layer_1: expected statistics .* finite"
+        ):
+            open_broken(broken(tmp_path / name, config, lambda t, column=column: not_finite(t, column)))
     (tmp_path / "d" / "data/statistics_tiny/layer_2-00000-of-00001.parquet").unlink()
     with pytest.raises(IntegrityError, match="statistics_tiny"):
         open_broken(tmp_path / "d")
