@@ -5,10 +5,8 @@ known, and rounding is bounded from the rows as they are, so that nothing is mis
 """
 
 import functools
-import importlib.util
 import itertools
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from builders.scores import FLOOR, Corpus, Floats, Ints, Rows, exact_scores
 from daco.errors import RecipeError
+from daco.kernels import kernels_of
 
 MARGIN = {"float32": 16, "bfloat16": 80}
 """Stimuli proposed beyond k, by dtype: enough that float64 can nearly always tell the k best."""
@@ -139,22 +138,11 @@ def onednn_product() -> Callable[[Tensor, Tensor], Tensor] | None:
     return product
 
 
-@functools.cache
 def kernels_for(device: torch.device) -> Any:
-    """`builders.retrieval_kernels` where Triton is installed and works on the GPU; None elsewhere.
-
-    Triton compiles at first use, for which some machines lack a compiler, and some GPUs are too old.
-    """
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """The kernels that look through cosines there; None: torch does."""
+    if device.type != "cuda":
         return None
-    try:
-        from builders import retrieval_kernels
-
-        retrieval_kernels.tried(device)
-    except Exception as error:  # whatever Triton raises where it cannot compile
-        warnings.warn(f"retrieval goes on without Triton, more slowly: {error}", stacklevel=2)
-        return None
-    return retrieval_kernels
+    return kernels_of("builders.retrieval_kernels", "retrieval goes on")
 
 
 def check_products(device: torch.device) -> None:

@@ -29,7 +29,7 @@ def _take_above(image, text, bar, rows, values, columns, count, n, stride, room,
         tl.store(columns + query * room + slot, tl.load(rows + column, mask=kept, other=0), mask=kept)
 
 
-def tried(device: torch.device) -> None:
+def tried(device: str = "cuda") -> None:
     """Run the kernel once; raises whatever Triton does where it cannot compile for the device."""
     for dtype in (torch.float32, torch.bfloat16):
         cosines, lists = torch.ones(1, 32, dtype=dtype, device=device), torch.full((1, 64), -1.0).to(device)

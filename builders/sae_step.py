@@ -6,10 +6,9 @@ On a GPU the sparse products are `builders.sae_kernels`, and TopK and BatchTopK 
 several processes BatchTopK does; ReLU and JumpReLU must know how many atoms are active).
 """
 
-import importlib.util
 import warnings
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from builders.recipe import SaeConfig
 from builders.sae_losses import aux_loss, loss_of, residual_unit
+from daco.kernels import kernels_of
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -57,27 +57,11 @@ def quickest(device: torch.device, n_weights: int) -> str:
     return "float32"
 
 
-@cache
-def triton_kernels() -> Any:
-    """`builders.sae_kernels` where Triton is installed and works, as beside torch's CUDA builds; else None.
-
-    Triton compiles at first use, for which some machines lack a compiler, and some GPUs are too old.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        from builders import sae_kernels
-
-        sae_kernels.tried()
-    except Exception as error:  # whatever Triton raises where it cannot compile
-        warnings.warn(f"training goes on without Triton, more slowly: {error}", stacklevel=2)
-        return None
-    return sae_kernels
-
-
 def kernels_for(x: Tensor) -> Any:
     """The kernels that take the place of torch's sparse products where x lies; None: torch's."""
-    return triton_kernels() if x.device.type == "cuda" else None
+    if x.device.type != "cuda":
+        return None
+    return kernels_of("builders.sae_kernels", "training goes on")
 
 
 def k_largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:

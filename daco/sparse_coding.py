@@ -5,10 +5,8 @@ matrix, and one product with the whole dictionary then shows which atoms were mi
 a time go through `daco.solver_kernels` first, which asks the host for nothing but whether that was enough.
 """
 
-import importlib.util
-import warnings
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from daco.coarse import Coarse, Near, settle
+from daco.kernels import kernels_of
 from daco.replays import Replays
 
 CHUNK = 256
@@ -353,24 +352,11 @@ def _on_sets(
     return code, pull, _certificate(z, residual, code, pull, penalty)
 
 
-@cache
-def _triton_kernels() -> Any:
-    """`daco.solver_kernels` where Triton is installed and works, as beside torch's CUDA builds; else None."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        from daco import solver_kernels
-
-        solver_kernels.tried()
-    except Exception as error:  # whatever Triton raises where it cannot compile
-        warnings.warn(f"codes are found without Triton, more slowly: {error}", stacklevel=2)
-        return None
-    return solver_kernels
-
-
 def kernels_for(x: Tensor) -> Any:
     """The kernels that solve working sets where x lies; None: torch does."""
-    return _triton_kernels() if x.device.type == "cuda" else None
+    if x.device.type != "cuda":
+        return None
+    return kernels_of("daco.solver_kernels", "codes are found")
 
 
 def _pull(near: Near, residual: Tensor, c: Tensor, D: Tensor, penalty: _Penalty) -> Tensor:

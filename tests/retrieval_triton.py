@@ -14,7 +14,7 @@ from builders import proposals, retrieval_kernels
 
 def search() -> None:
     """Searches with the kernel are the naive twin's, whatever the data, dtype and room in the lists."""
-    retrieval_kernels.tried(torch.device("cpu"))
+    retrieval_kernels.tried("cpu")
     called, take_above = [0, 0], retrieval_kernels.take_above
 
     def counted(*given: torch.Tensor) -> None:

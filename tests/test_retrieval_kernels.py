@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,28 +36,6 @@ def test_a_search_with_the_kernel_is_that_of_the_naive_twin() -> None:
 
 def test_the_kernel_compiles_for_a_gpu() -> None:
     assert with_triton("compile").count("bytes") == 2
-
-
-def test_without_triton_or_without_a_gpu_torch_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposals.importlib.util, "find_spec", lambda name: None)
-    proposals.kernels_for.cache_clear()
-    for kind in ("cpu", "cuda"):
-        assert proposals.kernels_for(torch.device(kind)) is None
-    proposals.kernels_for.cache_clear()
-
-
-def test_a_triton_that_cannot_compile_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(device: torch.device) -> None:
-        raise RuntimeError("no C compiler")
-
-    broken = SimpleNamespace(tried=refuses)
-    monkeypatch.setattr(proposals.importlib.util, "find_spec", lambda name: "there")
-    monkeypatch.setattr("builders.retrieval_kernels", broken, raising=False)
-    monkeypatch.setitem(sys.modules, "builders.retrieval_kernels", broken)
-    proposals.kernels_for.cache_clear()
-    with pytest.warns(UserWarning, match="goes on without Triton, more slowly: no C compiler"):
-        assert proposals.kernels_for(torch.device("cuda")) is None
-    proposals.kernels_for.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

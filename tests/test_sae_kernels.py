@@ -51,16 +51,13 @@ def test_the_kernels_compile_for_a_gpu():
     assert with_triton("compile").count("bytes") == 12
 
 
-def test_without_triton_or_without_a_gpu_the_plain_products_are_taken(monkeypatch):
-    monkeypatch.setattr(sae_step.importlib.util, "find_spec", lambda name: None)
-    sae_step.triton_kernels.cache_clear()
-    assert sae_step.triton_kernels() is None
-    monkeypatch.setattr(sae_step, "triton_kernels", lambda: "kernels")
-    assert sae_step.kernels_for(torch.zeros(1)) is None
-    assert sae_step.kernels_for(torch.zeros(1, device="meta")) is None
-
-
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@on_a_gpu
+def test_a_gpu_with_triton_has_the_kernels():
+    pytest.importorskip("triton")
+    assert sae_step.kernels_for(torch.zeros(1, device="cuda")) is not None
 
 
 @on_a_gpu

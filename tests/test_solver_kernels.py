@@ -1,6 +1,5 @@
 """Proves that codes found with the GPU's kernel are those found without, and that none is needed."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -49,12 +48,3 @@ def test_recordings_belong_to_the_memory_that_they_read():
     rows.data = rows.data.clone()  # as when a module is moved away and back
     assert [one.places for one in known] != before
     assert known[0].places[1] == before[0][1]
-
-
-def test_without_triton_or_without_a_gpu_torch_solves(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    sparse_coding._triton_kernels.cache_clear()
-    assert sparse_coding._triton_kernels() is None
-    sparse_coding._triton_kernels.cache_clear()
-    monkeypatch.setattr(sparse_coding, "_triton_kernels", lambda: "kernels")
-    assert sparse_coding.kernels_for(torch.zeros(1)) is None
