@@ -1,5 +1,6 @@
 """Proves that cards say what manifests say, as text and valid metadata, and that their quick starts run."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -9,10 +10,12 @@ from typing import Any
 
 import cmarkgfm
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import release_fixture
+import torch
 import yaml
 from conftest import tiny
 from hostile import TEXTS
@@ -36,8 +39,10 @@ from cards import escape
 from cards.album import components, pictures
 from cards.facts import is_hub_id, repo_id, scalars, tables_of
 from cards.render import render, with_outputs
+from daco import ConceptDictionary
 from daco.errors import FormatError, IntegrityError, QuickStartError
 from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, read_manifest, write_manifest
+from daco.recognition import MEASURED, Recogniser, measured
 from daco.tables import CONCEPTS, LINKS, STIMULI
 from hub.changes import supersede
 from hub.gate import SECTIONS, check_release
@@ -219,6 +224,24 @@ def test_numbers_of_a_model_are_its_files(tmp_path: Path) -> None:
     assert rows(body, "dictionary") == [["dictionary", "org/DACO-tiny at `v1.0.0`"]]
     (row,) = rows(body, "`layers.1/sae_weights.safetensors`")
     assert row[1:4] == ["`W_dec` 41×32, `W_enc` 32×41, `b_dec` 32, `b_enc` 41", "F32", ""]
+
+
+def test_a_dataset_says_how_well_its_concepts_are_recognised(tmp_path: Path) -> None:
+    """Of two layers; at the second no concept can be named, at the first nine of them."""
+    plain = ConceptDictionary.from_pretrained(write_dataset_release(tmp_path / "plain"))
+    table = pd.DataFrame({"threshold": [1.0] * 9 + [np.nan] * 4, "n_shown": 7})
+    table = table.assign(precision=[0.5, 0.75, 1.0] * 3 + [np.nan] * 4, recall=[0.25] * 9 + [np.nan] * 4)
+    none = measured(pd.DataFrame(np.nan, index=range(N_CONCEPTS), columns=list(MEASURED)))
+    found = {
+        layer: Recogniser(torch.zeros(32), torch.eye(32), torch.ones(N_CONCEPTS, 32), known, usual=1.0)
+        for layer, known in ((1, measured(table)), (2, none))
+    }
+    dataclasses.replace(plain, recognisers=found).save_pretrained(tmp_path / "saved", model="tiny")
+    _, body = taken_apart(render(tmp_path / "saved"))
+    assert rows(body, "tiny", "1") == [["tiny", "1", "13", "9", "0.75", "0.25"]]
+    assert rows(body, "tiny", "2") == [["tiny", "2", "13", "0", "", ""]]
+    assert "dictionary.recognise(readings)" in body
+    assert "recognise" not in rendered(tmp_path / "without", "dataset")[1]
 
 
 def test_figures_are_named_and_fit_the_page() -> None:
