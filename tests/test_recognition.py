@@ -293,9 +293,10 @@ def test_a_saved_dictionary_names_the_same(dictionary: ConceptDictionary, tmp_pa
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
 
 
-def test_releases_of_older_formats_load_and_say_what_they_lack(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0", "1.2.0"])
+def test_releases_of_older_formats_load_and_say_what_they_lack(tmp_path: Path, version: str) -> None:
     old = ConceptDictionary.from_pretrained(
-        write_dataset_release(tmp_path, format_version="1.2.0"), recognition=True
+        write_dataset_release(tmp_path, format_version=version), recognition=True
     )
     assert old.recognisers == {}
     with pytest.raises(
