@@ -172,7 +172,7 @@ def elastic_net(
     for part in _parts(len(z), CHUNK):
         here = wide[part]
         given = () if correlation is None else (correlation[part].to(dtype),)
-        if len(here) <= FEW and len(D) > SMALL and known.by_kernel:
+        if len(here) <= FEW and len(D) > SMALL and max_rounds > 0 and known.by_kernel:
             code[part], gap[part] = _solve_few(known, task, here, alpha[part], *given)
             continue
         q, penalty = _posed(known, task, here, alpha[part], *given)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,3 +49,11 @@ def test_recordings_belong_to_the_memory_that_they_read():
     rows.data = rows.data.clone()  # as when a module is moved away and back
     assert [one.places for one in known] != before
     assert known[0].places[1] == before[0][1]
+
+
+def test_no_rounds_give_no_code_with_the_kernel_either(monkeypatch):
+    monkeypatch.setattr(sparse_coding, "kernels_for", lambda x: SimpleNamespace(WIDTHS=(128, 256)))
+    z, D = torch.ones(2, 3), torch.eye(3).repeat(700, 1)
+    found = sparse_coding.elastic_net(z, D, torch.full((2,), 0.5), 0.9, max_rounds=0, relative=True)
+    assert not found.code.any()
+    assert not found.certified.any()
