@@ -14,7 +14,7 @@ that a machine need not be free for long; rows of the other parts stay. Files of
 `--data`, if that is given. The whole of CC-3M on a GPU: `--full --device cuda` (10 GB on disk, read
 memory-mapped; `--pairs` makes it smaller). A GPU's times are by the clock alone, from files to answers:
 reading, copying to the GPU and deciding in float64 included, compiling at first use not; its memory is that
-of the GPU, as a share of `--memory`. Of one size, rows of a CPU and of a GPU take each other's place: `--out`.
+of the GPU, as a share of `--memory`. Of one size a GPU's rows take the place of a CPU's, but for `--out`.
 """
 
 import argparse
