@@ -108,6 +108,14 @@ def on_gpu(engine: Engine) -> bool:
     return engine.device.startswith("cuda")
 
 
+def device_of(engine: Engine) -> torch.device:
+    """The engine's device; a GPU with its number, for threads that read for it have another current one."""
+    device = torch.device(engine.device)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def slices(n: int, step: int) -> Iterator[slice]:
     """n items in slices of `step`, the last one shorter."""
     for start in range(0, n, step):
@@ -206,7 +214,7 @@ class Proposer:
     ) -> None:
         self.corpus, self.k, self.pool, self.engine = corpus, k, pool, engine
         self.workers, self.local = workers, threading.local()
-        self.device = torch.device(engine.device)
+        self.device = device_of(engine)
         self.dtype = torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
         self.block, self.tile = _sizes(len(queries), corpus.images.width, engine, workers.n)
         self.kept, self.room = _kept(k, engine), _room(k, engine)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from builders.embeddings import unit_half
-from builders.proposals import Engine, Proposer
+from builders.proposals import Engine, Proposer, device_of
 from builders.retrieval import Searched, draw_places, draw_pool, search
 from builders.scores import Corpus, Rows, exact_scores, exhaustive
 from daco.errors import FormatError, RecipeError
@@ -336,6 +336,12 @@ def test_halves_of_the_pool_that_tie_are_settled_within_the_memory(
     assert rows_of(found) == naive(corpus, queries, K, pool, draws)
     assert sum(pairs for _, pairs in queries_and_pairs) > 2 * 2048
     assert all(pairs <= 2048 for n, pairs in queries_and_pairs if n > 1)
+
+
+def test_the_gpu_is_the_caller_s_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    told = [device_of(Engine(device=name)) for name in ("cuda", "cuda:1", "cpu")]
+    assert [str(device) for device in told] == ["cuda:3", "cuda:1", "cpu"]
 
 
 def test_what_cannot_be_read_ends_a_search_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
