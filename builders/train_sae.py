@@ -8,11 +8,12 @@ each step in `builders.sae_batches`, an SAE with its optimiser and checkpoints i
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -335,17 +336,30 @@ def main() -> None:
     from builders.pipeline import STAGES, open_stage  # which knows this stage
 
     recipe = load_recipe(arguments.recipe, arguments.set)
+    with in_a_group():
+        torch.set_num_threads(recipe.run.threads)
+        stage = next(stage for stage in STAGES if stage.name == "sae")
+        with FileLock(arguments.out / ".lock", timeout=0) if is_first() else nullcontext():
+            to_do = [is_first() and open_stage(stage, recipe, arguments.out) is not None]
+            dist.broadcast_object_list(to_do)
+            if to_do[0]:
+                run(Work(recipe, arguments.out, "sae"))
+            dist.barrier()
+
+
+@contextmanager
+def in_a_group() -> Iterator[None]:
+    """The processes of a torchrun work together inside the block, each on a GPU of its own if there are any.
+
+    Functions of `torch.distributed.nn` keep the group that there is when they are imported, as an optimiser
+    does. The group's threads would then outlive it and, every so often, abort a process that ends; imported
+    beforehand the functions keep none.
+    """
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.set_num_threads(recipe.run.threads)
-    stage = next(stage for stage in STAGES if stage.name == "sae")
-    with FileLock(arguments.out / ".lock", timeout=0) if is_first() else nullcontext():
-        to_do = [is_first() and open_stage(stage, recipe, arguments.out) is not None]
-        dist.broadcast_object_list(to_do)
-        if to_do[0]:
-            run(Work(recipe, arguments.out, "sae"))
-        dist.barrier()
+    yield
     dist.destroy_process_group()
 
 
