@@ -209,17 +209,14 @@ def explained(folders: Folders, text: str) -> tuple[Any, Any, Any]:
     return model, daco.SteeringSAE.from_pretrained(folders.model), inputs
 
 
+def explaining(folders: Folders) -> tuple[Any, ...]:
+    """The command line of an explanation."""
+    of_what = ("-t", "a blue square", "-i", folders.image)
+    return ("explain", folders.model, "--model", folders.base, *of_what)
+
+
 def test_explain_names_the_atoms_that_fire(cli: Daco, folders: Folders) -> None:
-    arguments = (
-        "explain",
-        folders.model,
-        "--model",
-        folders.base,
-        "-t",
-        "a blue square",
-        "-i",
-        folders.image,
-    )
+    arguments = explaining(folders)
     found = said(cli(*arguments, "-l", 2, "-n", 4, "--json"))
     model, sae, inputs = explained(folders, "a blue square")
     with daco.capture.capture(model, [2]) as captured, torch.no_grad():
@@ -253,16 +250,7 @@ def recognising(folders: Folders, folder: Path, usual: float, words: list[str] =
 
 
 def test_explain_tells_what_is_shown_beside_the_atoms(cli: Daco, folders: Folders, tmp_path: Path) -> None:
-    arguments = (
-        "explain",
-        folders.model,
-        "--model",
-        folders.base,
-        "-t",
-        "a blue square",
-        "-i",
-        folders.image,
-    )
+    arguments = explaining(folders)
     near, far = recognising(folders, tmp_path / "near", 1e9), recognising(folders, tmp_path / "far", 1e-9)
     found = said(cli(*arguments, "-d", near, "-l", 2, "--json"))
     assert found["atoms"] == said(cli(*arguments, "-l", 2, "--json"))["atoms"]

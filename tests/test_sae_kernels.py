@@ -1,54 +1,34 @@
 """Proves that a step with the GPU's kernels is that of the plain products, and does without Triton."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from sae_rows import ACTIVATIONS, CONFIG, draw, random_weights
 from test_sae_step import close, config_of, stepped
+from triton_process import with_triton
 
 from builders import sae_step
 from builders.sae_training import Training
 
-SCRIPT = Path(__file__).with_name("kernels_triton.py")
-
-
-def with_triton(what: str, **environment: str) -> str:
-    """What the script says in a process that can import Triton, which a CPU build of torch lacks."""
-    place = os.environ.get("TRITON_PATH")
-    if not place:
-        pytest.skip("TRITON_PATH is not set: it names a folder with Triton")
-    paths = os.pathsep.join([str(Path(place).resolve()), str(SCRIPT.parent), str(SCRIPT.parent.parent)])
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), what],
-        env=os.environ | {"PYTHONPATH": paths} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+SCRIPT = "kernels_triton.py"
 
 
 def test_a_step_with_kernels_is_that_with_plain_products():
-    assert with_triton("step", TRITON_INTERPRET="1").count("equal") == 4
+    assert with_triton(SCRIPT, "step", TRITON_INTERPRET="1").count("equal") == 4
 
 
 @pytest.mark.parametrize(("what", "cases"), [("largest", 6), ("training", 2)])
 def test_what_else_kernels_do_is_what_torch_does(what, cases):
-    assert with_triton(what, TRITON_INTERPRET="1").count("equal") == cases
+    assert with_triton(SCRIPT, what, TRITON_INTERPRET="1").count("equal") == cases
 
 
 def test_a_step_that_reads_bfloat16_copies_is_the_exact_one_but_for_their_rounding():
-    assert with_triton("halves", TRITON_INTERPRET="1").count("rounded") == 4
+    assert with_triton(SCRIPT, "halves", TRITON_INTERPRET="1").count("rounded") == 4
 
 
 def test_the_kernels_compile_for_a_gpu():
-    assert with_triton("compile").count("bytes") == 12
+    assert with_triton(SCRIPT, "compile").count("bytes") == 12
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -1,44 +1,23 @@
 """Proves that codes found with the GPU's kernel are those found without, and that none is needed."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
+from triton_process import with_triton
 
 from daco import sparse_coding
 
-SCRIPT = Path(__file__).with_name("solver_triton.py")
-
-
-def with_triton(what: str, **environment: str) -> str:
-    """What the script says in a process that can import Triton, which a CPU build of torch lacks."""
-    place = os.environ.get("TRITON_PATH")
-    if not place:
-        pytest.skip("TRITON_PATH is not set: it names a folder with Triton")
-    paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent), str(Path(place).resolve())])
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), what],
-        env=os.environ | {"PYTHONPATH": paths} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+SCRIPT = "solver_triton.py"
 
 
 def test_codes_with_the_kernel_are_those_without():
-    said = with_triton("codes", TRITON_INTERPRET="1")
+    said = with_triton(SCRIPT, "codes", TRITON_INTERPRET="1")
     assert said.count("equal") == 2
     assert int(said.split()[-8]) > 0  # rows that need more than the kernel's sets were among them
 
 
 def test_the_kernel_compiles_for_a_gpu():
-    assert with_triton("compile").count("bytes") == 4
+    assert with_triton(SCRIPT, "compile").count("bytes") == 4
 
 
 def test_recordings_belong_to_the_memory_that_they_read():
