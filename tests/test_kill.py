@@ -103,6 +103,8 @@ def run_and_die(recipe: Recipe, out: Path, stage: str, shards: int, delay: float
         return wait
 
     def log_and_strike(work: Work, event: str, **facts: object) -> None:
+        if event == "begin" and shards and struck and work.stage == stage:
+            time.sleep(60)  # a late strike leaves the shards of the next ones alone
         log(work, event, **facts)
         if event == "begin" and shards:
             strike(work)
