@@ -27,6 +27,7 @@ from PIL import Image
 from benchmarks.sae_end_to_end import SHAPES as RELEASED
 from benchmarks.sae_end_to_end import seconds
 from benchmarks.sae_training import machine
+from benchmarks.steering_world import Shape, build_saes
 from builders.mllm import load_mllm
 from builders.safety.asking import conversation
 from builders.safety.items import Item, Picture, Suite
@@ -35,6 +36,9 @@ from builders.safety.run import Asking, answer_all, cells_of, jobs_of, thinned
 from builders.safety.suites import read_suite
 from builders.tiny import tiny_mllm, train_tokenizer
 from builders.vision import ensure_torchvision
+from daco.dictionary import ConceptDictionary
+from daco.sites import find_trunk
+from daco.steering_sae import SteeringSAE
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 TOY = Path(__file__).parents[1] / "builders" / "toyworld" / "weights" / "llava"
@@ -74,6 +78,7 @@ def shape_7b() -> tuple[Any, Any]:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+    _say_words(model, tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     pixels = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
@@ -81,6 +86,15 @@ def shape_7b() -> tuple[Any, Any]:
     return model, Qwen2_5_VLProcessor(
         readers[0], tokenizer, readers[1], chat_template=tokenizer.chat_template
     )
+
+
+@torch.no_grad()
+def _say_words(model: Any, tokenizer: Any) -> None:
+    """Of a random model, no logits but those of the tokenizer's words: so that answers are texts."""
+    words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    head = model.get_output_embeddings().weight
+    kept = head[words]
+    head.zero_()[words] = kept
 
 
 SHAPES: dict[str, Callable[[], tuple[Any, Any]]] = {"toy": toy, "tiny": tiny, "7b": shape_7b}
@@ -167,19 +181,20 @@ def rows(
     return [*found, memory | {"ratio": 1.0}]
 
 
-def arms_for(model: Any, methods: Sequence[str]) -> list[Arm]:
-    """The methods; what steers has SAEs of the model's width with 15,000 random atoms, 1,000 labelled."""
-    if set(methods) <= {"none", "prompting"}:
-        return build(parse_settings(methods, ()), None, None)
-    from benchmarks.steering_world import Shape, build_saes
-    from daco.sites import find_trunk
-
+def saes_for(model: Any) -> tuple[SteeringSAE, ConceptDictionary, float]:
+    """SAEs of five layers in the middle with 15,000 random atoms, 1,000 labelled; directions; MOP's alpha."""
     trunk = find_trunk(model)
     middle = trunk.n_layers // 2
     layers = tuple(sorted({max(0, min(trunk.n_layers - 1, middle + i)) for i in (-2, -1, 0, 1, 2)}))
-    shape = Shape("", "", {}, layers)
     ids = torch.randint(5, 250, (4, 64), generator=torch.Generator().manual_seed(0)).to(model.device)
-    steering, dictionary, alpha = build_saes(model, shape, ids, 15_000, 1_000, 0)
+    return build_saes(model, Shape("", "", {}, layers), ids, 15_000, 1_000, 0)
+
+
+def arms_for(model: Any, methods: Sequence[str]) -> list[Arm]:
+    """The methods; what steers is made of `saes_for`."""
+    if set(methods) <= {"none", "prompting"}:
+        return build(parse_settings(methods, ()), None, None)
+    steering, dictionary, alpha = saes_for(model)
     return build(
         parse_settings(methods, [f"mop.alpha={alpha}"] if "mop" in methods else []), steering, dictionary
     )
@@ -210,12 +225,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for suite in suites:
             taken = measured(model, processor, suite, arms, asking, given.rounds)
             table += rows(name, suite, taken, asking, given.device)
+    write(table, given.results)
+
+
+def write(table: list[dict[str, Any]], results: Path) -> None:
+    """Show rows, and put them into the file in place of those of the same work."""
     for row in table:
         row["machine"] = machine(torch.get_num_threads())
         print(f"{row['work']:<70} {row['who']:<16} {row['value']:>10,} {row['unit']:<10} x {row['ratio']}")
-    old = json.loads(given.results.read_text()) if given.results.is_file() else []
+    old = json.loads(results.read_text()) if results.is_file() else []
     kept = [row for row in old if row["work"] not in {r["work"] for r in table}]
-    given.results.write_text(json.dumps(kept + table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    results.write_text(json.dumps(kept + table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
