@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from builders.recipe import SaeConfig
-from daco.sae import top_k
+from daco.top_k import top_k
 
 Weights = dict[str, Tensor]
 """W_enc [d, m], b_enc [m], W_dec [m, d], b_dec [d]; JumpReLU also log_threshold [m]."""

@@ -8,26 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from daco.errors import FormatError, SteeringOnlyError
+from daco.top_k import top_k
 
 ACTIVATIONS = ("relu", "topk", "jumprelu")
-
-
-def top_k(pre: Tensor, k: int) -> Tensor:
-    """ReLU, then the `k` largest of the last axis, the rest zero; ties go to the lower index.
-
-    Args:
-        pre: Pre-activations `[..., n_atoms]`.
-        k: How many stay.
-
-    Returns:
-        `[..., n_atoms]`, at most `k` non-zero on the last axis.
-    """
-    pre = pre.relu()
-    values = pre.topk(k, dim=-1).values
-    kth = values[..., -1:]
-    above, ties = pre > kth, pre == kth
-    room = (values == kth).sum(-1, keepdim=True)
-    return torch.where(above | (ties & (ties.cumsum(-1) <= room)), pre, 0)
 
 
 class SAE(nn.Module):

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from builders import proposals, sae_step
-from daco import sparse_coding
+from daco import sparse_coding, top_k
 from daco.kernels import kernels_of
 
 ROOMS = {
     "builders.sae_kernels": (sae_step.kernels_for, "training goes on"),
     "builders.retrieval_kernels": (lambda x: proposals.kernels_for(x.device), "retrieval goes on"),
     "daco.solver_kernels": (sparse_coding.kernels_for, "codes are found"),
+    "daco.top_k_kernels": (top_k.kernels_for, "atoms are chosen"),
 }
 """Modules of kernels: what gives them for a tensor, and what is said where they do not work."""
 

@@ -21,8 +21,9 @@ from daco.errors import (
     UnknownLayerError,
 )
 from daco.manifest import canonical_json, file_entry
-from daco.sae import labels_of, top_k
+from daco.sae import labels_of
 from daco.sae_files import write_config, write_layer
+from daco.top_k import top_k
 
 
 @pytest.fixture

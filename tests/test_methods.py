@@ -8,7 +8,8 @@ import torch
 
 from daco.errors import NothingToSteerError, UnknownLayerError
 from daco.methods import MOP, ActAdd, Projection, SAESteering, SafetyPrompt
-from daco.sae import labels_of, top_k
+from daco.sae import labels_of
+from daco.top_k import top_k
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ import daco.load
 from daco.errors import FormatError, IntegrityError, SteeringOnlyError
 from daco.manifest import canonical_json, file_entry, release_files
 from daco.methods import SAESteering
-from daco.sae import SAE, LayerSAE, top_k
+from daco.sae import SAE, LayerSAE
 from daco.sae_files import write_layer
 from daco.steering_sae import SteeringSAE
+from daco.top_k import top_k
 
 THRESHOLD = 1.25
 

@@ -62,13 +62,16 @@ class Placed:
         self._tensors = {name: None if t is None else t.detach() for name, t in tensors.items()}
         self._by_device: dict[torch.device, SimpleNamespace] = {}
 
-    @torch.inference_mode(False)  # a copy made inside would be of no use outside
     def on(self, device: torch.device) -> Any:
         """The tensors on a device, by name."""
         if device not in self._by_device:
-            moved = {name: None if t is None else t.to(device) for name, t in self._tensors.items()}
-            self._by_device[device] = SimpleNamespace(**moved)
+            self._place(device)
         return self._by_device[device]
+
+    @torch.inference_mode(False)  # a copy made inside would be of no use outside
+    def _place(self, device: torch.device) -> None:
+        moved = {name: None if t is None else t.to(device) for name, t in self._tensors.items()}
+        self._by_device[device] = SimpleNamespace(**moved)
 
 
 def check_on_empty(on_empty: str) -> None:

@@ -20,8 +20,9 @@ from daco.methods.method import (
     shift,
     shift_notes,
 )
-from daco.sae import LayerSAE, top_k
+from daco.sae import LayerSAE
 from daco.selection import Selection, strengths_of
+from daco.top_k import top_k_at
 
 if TYPE_CHECKING:
     from daco.steering_sae import SteeringSAE
@@ -136,7 +137,7 @@ class SAESteering:
         """The code's columns of what is removed, `[n, n_removed]`, from `z - b_dec`."""
         if w.W_enc is not None:  # which are the largest is decided among all atoms
             pre = torch.addmm(w.b_enc, centred, w.W_enc)
-            return top_k(pre, int(self._saes[layer].sae.k or 0)).index_select(1, w.rows)
+            return top_k_at(pre, int(self._saes[layer].sae.k or 0), w.rows)
         pre = linear(centred, w.W_enc_rows, w.b_enc)
         if (same := self._thresholds[layer]) is not None:
             return threshold(pre, same, 0)  # a ReLU, as its threshold is zero
