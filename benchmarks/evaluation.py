@@ -7,8 +7,8 @@
 Models of a released shape have random weights, built from config. The plain loop asks the same items in their
 order, in batches of the same size, and keeps nothing; the evaluation sorts by length, writes every answer
 with its setting, and can go on after a kill. Rounds alternate. Under every method, `who` names it. Writes
-`results/evaluation.json`, a list of {work, who, value, unit, ratio}: `ratio` is how many times faster the
-evaluation is than `who`.
+`results/evaluation.json`, a list of {work, who, value, first, unit, ratio}: `ratio` is how many times faster
+the evaluation is than `who`, `first` the value of the first round, in which a GPU may still have to plan.
 """
 
 import argparse
@@ -172,6 +172,7 @@ def rows(
             "work": where,
             "who": f"DACO, {who}" if who in taken and who != "plain loop" else who,
             "value": round(n / statistics.median(spent), 3),
+            "first": round(n / spent[0], 3),
             "unit": "items / s",
             "ratio": round(statistics.median(s / o for s, o in zip(spent, own, strict=True)), 3),
         }
@@ -232,7 +233,9 @@ def write(table: list[dict[str, Any]], results: Path) -> None:
     """Show rows, and put them into the file in place of those of the same work."""
     for row in table:
         row["machine"] = machine(torch.get_num_threads())
-        print(f"{row['work']:<70} {row['who']:<16} {row['value']:>10,} {row['unit']:<10} x {row['ratio']}")
+        first = f", {row['first']:,} at first" if "first" in row else ""
+        what = f"{row['value']:>10,} {row['unit']}{first}"
+        print(f"{row['work']:<70} {row['who']:<16} {what}  x {row['ratio']}")
     old = json.loads(results.read_text()) if results.is_file() else []
     kept = [row for row in old if row["work"] not in {r["work"] for r in table}]
     results.write_text(json.dumps(kept + table, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from builders.attention import without_plans
 from builders.forward import Read, forward_tokens, special_ids
 from builders.mllm import chat_inputs
 from builders.tokens import MODALITIES
@@ -60,6 +61,7 @@ def answer_ids(processor: Any, answers: Sequence[str], at_most: int) -> list[Ten
     return [torch.tensor(row[:at_most], dtype=torch.int64) for row in rows]
 
 
+@without_plans()
 def generated_ids(model: Any, processor: Any, inputs: Any, at_most: int, **settings: Any) -> list[Tensor]:
     """Tokens of the model's own greedy answers, a tensor each, without what ends them.
 

@@ -12,6 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from builders.attention import without_plans
 from builders.mllm import chat_inputs, reading_weights
 from builders.tokens import MODALITIES
 from daco.capture import capture
@@ -88,6 +89,7 @@ def read_batch(
 
 
 @torch.no_grad()
+@without_plans()
 def forward_tokens(
     model: Any,
     processor: Any,

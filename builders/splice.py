@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from builders.answers import answer_kinds, generated_ids, with_answers
+from builders.attention import without_plans
 from builders.tokens import MODALITIES
 from daco.capture import block_output
 from daco.errors import ActivationError
@@ -77,6 +78,7 @@ def answered(model: Any, processor: Any, inputs: Any, at_most: int = ANSWER) -> 
 
 
 @torch.no_grad()
+@without_plans()
 def splice(
     model: Any, inputs: Mapping[str, Any], labels: Tensor, saes: Mapping[int, SAE]
 ) -> dict[int, Spliced]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from builders.answers import answer_ids, with_answers
+from builders.attention import without_plans
 from builders.safety.asking import batches, inputs_of, opened
 from builders.safety.items import Item
 from builders.safety.judges.words import digest_of, judges_figure
@@ -31,6 +32,7 @@ MAX_TOKENS = 2048
 
 
 @torch.no_grad()
+@without_plans()
 def log_likelihoods(model: Any, inputs: Any, answers: Sequence[Tensor], pad: int) -> list[float | None]:
     """Mean log-likelihood of the tokens of each answer behind its prompt, in nats.
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from jinja2.exceptions import TemplateError
 
+from builders.attention import without_plans
 from builders.safety.items import Item
 from builders.safety.judges.cache import JudgeCache, key_of
 from builders.safety.judges.words import digest_of, empty_verdict, judges_figure, kept, unreadable
@@ -183,6 +184,7 @@ class Guard:
             part = fits[start : start + self._batch]
             yield from zip(part, self._batch_says([ids[row] for row in part]), strict=True)
 
+    @without_plans()
     def _batch_says(self, ids: Sequence[list[int]]) -> list[str]:
         inputs = self._tokenizer.pad({"input_ids": list(ids)}, padding=True, return_tensors="pt")
         inputs = {name: inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
