@@ -28,8 +28,9 @@ from benchmarks.sae_training import machine
 from builders.atoms import nearest
 from builders.forward import read_batch
 from builders.mllm import load_mllm
-from builders.names import fired, precision_recall, recognised
-from builders.recognition import HELD, Counts, Said, Shown, calibrate, class_sums
+from builders.names import fired
+from builders.recognition import HELD, Counts, Said, Shown, calibrate, class_sums, recognised
+from builders.statistics import precision_recall
 from builders.tiny import tiny_mllm
 from builders.toyworld import scenes
 from builders.train_sae import train_sae

@@ -1,7 +1,7 @@
 """Measure what was built: how well the SAEs reconstruct, how links were retrieved, what steering does.
 
-Reads `sae/`, `atoms/`, `activations/`, `directions/`, `recognition/`, `polarity/`, `stimuli/`, `corpus/` and
-the model; writes `evaluate/evaluation.json`, where every figure comes with the number of things measured.
+Reads `sae/`, `atoms/`, `activations/`, `directions/`, `polarity/`, `stimuli/`, `corpus/`, `tune/` and the
+model; writes `evaluate/evaluation.json`, where every figure comes with the number of things measured.
 """
 
 import json

@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 from builders.recipe import LOCAL_FIELDS, Recipe
 from builders.stages import Work, check_sizes, done, fingerprint, seal_sha256
 from daco.errors import RecipeError
-from daco.manifest import sha256_file
+from daco.manifest import canonical_json, sha256_file
+from daco.tables import read_table
 
 LICENCE_FIELDS = {"url", "licence", "redistribute_images", "allowed"}
 """Fields of `corpus` that only the release depends on."""
@@ -33,6 +34,17 @@ class Stage:
     sections: tuple[str, ...]
     """Names of sections, or of one field: `sae.holdout`."""
     upstream: tuple[str, ...]
+    """Names of stages, or of one column of a stage's `concepts.parquet`: `polarity.concept`."""
+
+    @property
+    def needed(self) -> list[str]:
+        """Names of the stages it reads."""
+        return list(dict.fromkeys(name.partition(".")[0] for name in self.upstream))
+
+
+def _of(stage: str, *columns: str) -> tuple[str, ...]:
+    """Columns of a stage's concepts: other labels start nothing anew that does not read them."""
+    return tuple(f"{stage}.{column}" for column in columns)
 
 
 STAGES = (
@@ -40,15 +52,25 @@ STAGES = (
     Stage("concepts", "vocabulary", ("concepts",), ("corpus",)),
     Stage("clip", "clip", ("clip",), ("corpus",)),
     Stage("embeddings", "embeddings", ("clip", "embeddings"), ("corpus", "clip")),
-    Stage("stimuli", "stimuli", ("clip", "stimuli"), ("concepts", "clip", "embeddings")),
+    Stage(
+        "stimuli",
+        "stimuli",
+        ("clip", "stimuli"),
+        (*_of("concepts", "concept_id", "concept"), "clip", "embeddings"),
+    ),
     Stage("polarity", "polarity", ("concepts", "polarity"), ("concepts", "stimuli")),
     Stage("activations", "activations", ("model", "activations"), ("corpus", "stimuli")),
-    Stage("directions", "directions", ("activations", "sae"), ("stimuli", "polarity", "activations")),
+    Stage(
+        "directions",
+        "directions",
+        ("activations", "sae"),
+        ("stimuli", *_of("polarity", "concept_id"), "activations"),
+    ),
     Stage(
         "recognition",
         "recognition",
         ("sae.holdout", "recognition"),  # hours at full size: no other field of `sae` must start it anew
-        ("corpus", "stimuli", "polarity", "activations"),
+        ("corpus", "stimuli", *_of("polarity", "concept_id", "concept"), "activations"),  # nor must labels
     ),
     Stage("sae", "train_sae", ("activations", "sae"), ("activations", "directions")),
     Stage("atoms", "atoms", ("sae", "atoms"), ("polarity", "activations", "directions", "sae")),
@@ -62,9 +84,18 @@ STAGES = (
         "evaluate",
         "evaluate",
         ("model", "activations", "sae", "atoms", "evaluate"),
-        ("sae", "atoms", "directions", "recognition", "tune"),
+        (
+            *("corpus", "stimuli", *_of("polarity", "concept_id", "concept", "polarity")),
+            *("activations", "directions", "sae", "atoms", "tune"),
+        ),
     ),
-    Stage("release", "release", tuple(f.name for f in dataclasses.fields(Recipe)), ("tune", "evaluate")),
+    Stage(
+        "release",
+        "release",
+        tuple(f.name for f in dataclasses.fields(Recipe)),
+        # and texts of corpus and activations, whose images and tokens may be gone by then
+        ("stimuli", "polarity", "directions", "recognition", "sae", "atoms", "tune", "evaluate"),
+    ),
 )
 
 
@@ -122,22 +153,32 @@ def _choose(only: str | None, until: str | None) -> list[Stage]:
 def open_stage(stage: Stage, recipe: Recipe, out: Path) -> Work | None:
     """The stage ready to work, or None when it is done; raises IntegrityError where what it reads is not."""
     work = Work(recipe, out, stage.name)
-    for needed in stage.upstream:
+    for needed in stage.needed:
         work.upstream(needed)
-    seals = {needed: seal_sha256(out, needed) for needed in stage.upstream}
+    seals = {read: _seal(out, read) for read in stage.upstream}
     wanted = fingerprint(stage.name, _sections(stage, recipe), seals)
     module = importlib.import_module(f"builders.{stage.module}")
     if not work.made_from(wanted):  # what would fail at once must not discard an earlier run's stage first
-        for needed in stage.upstream:
+        for needed in stage.needed:
             check_sizes(out, needed)
         for name, given in (("check", recipe), ("check_upstream", work)):
             if check := getattr(module, name, None):
                 check(given)
     if not work.open(wanted):
         return None
-    for needed in stage.upstream:
+    for needed in stage.needed:
         check_sizes(out, needed)
     return work
+
+
+def _seal(out: Path, read: str) -> str:
+    """sha256 of a finished stage's seal, or of one column of its concepts."""
+    name, _, column = read.partition(".")
+    if not column:
+        return seal_sha256(out, name)
+    check_sizes(out, name)
+    values = read_table(out / name / "concepts.parquet").column(column).to_pylist()
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()
 
 
 def _run_stage(stage: Stage, recipe: Recipe, out: Path) -> bool:

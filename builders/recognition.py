@@ -1,9 +1,10 @@
 """What tells from a reading which concepts it shows: a discriminant and a threshold of each.
 
-Reads `corpus/` (captions), `stimuli/links.parquet`, `polarity/concepts.parquet` and readings of
-`activations/`; writes `recognition/facts.json` and, in a shard a layer, `statistics.safetensors` (`mean`,
-`inverse`), `concepts.parquet` (as releases have it) and `facts.json`. What is held out of SAE training (by
-`sae.holdout`) is held out here too, for the evaluation, and so are other captions of its pictures.
+Reads `corpus/` (captions), `stimuli/links.parquet`, of `polarity/concepts.parquet` ids and names alone, and
+readings of `activations/`; writes `recognition/facts.json` and, in a shard a layer, `statistics.safetensors`
+(`mean`, `inverse`), `concepts.parquet` (as releases have it), `facts.json` and `figures.json` (how often the
+names of held-out stimuli are right). What is held out of SAE training (by `sae.holdout`) is held out here
+too, and so are other captions of its pictures.
 """
 
 import hashlib
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from builders.directions import with_readings
 from builders.stages import Work, writing
+from builders.statistics import precision_recall
 from builders.tokens import held_out, read_facts
 from daco.dictionary_files import recogniser_of, recognition_table
-from daco.errors import ActivationError
+from daco.errors import ActivationError, IntegrityError
 from daco.manifest import canonical_json, write_atomic
 from daco.recognition import MEASURED, Recogniser, discriminants, measured
 from daco.tables import CONCEPTS, LINKS, read_table, recognition_schema, write_table
@@ -409,7 +411,54 @@ def _sums(readings: Readings, part: int, about: Tensor) -> Moments:
     return found
 
 
+# How often names are right.
+
+
+def recognised(one: Recogniser, z: Tensor) -> Tensor:
+    """Which concepts `ConceptDictionary.recognise` names of readings [n, d], [n, n_concepts] bool."""
+    return one.over(one.scores(z), one.distance(z)) >= 0
+
+
+def tally(given: Tensor, true: Tensor) -> np.ndarray:
+    """Names right, given and true of each stimulus, [n, 3], from both as [n, n_concepts] bool."""
+    return torch.stack([(given & true).sum(1), given.sum(1), true.sum(1)], 1).numpy()
+
+
+def held_out_figures(readings: Readings, said: Shown, one: Recogniser) -> dict[str, Any]:
+    """How often what is recognised of held-out stimuli is what their captions name.
+
+    Args:
+        readings: Of the layer.
+        said: What each reading's caption names.
+        one: What tells the concepts.
+
+    Returns:
+        `recognised_precision` and `recognised_recall`, each with its `_interval`; empty without held-out
+        stimuli.
+    """
+    n = len(one.vectors)
+    counted = [tally(recognised(one, z), said.matrix(rows, n)) for rows, z in readings.of(HELD)]
+    found = precision_recall(np.concatenate(counted)) if counted else {}
+    return {f"recognised_{name}": value for name, value in found.items()}
+
+
 # The stage.
+
+
+def load_figures(folder: Path) -> dict[str, dict[str, Any]]:
+    """How often names were right of held-out stimuli, by layer; empty where the recipe wants none.
+
+    Raises:
+        IntegrityError: the stage was run by a version that did not measure it.
+    """
+    layers = json.loads((folder / "facts.json").read_text("utf-8"))["layers"]
+    paths = {str(layer): folder / "shards" / shard_name(layer) / "figures.json" for layer in layers}
+    if missing := [str(path) for path in paths.values() if not path.is_file()]:
+        raise IntegrityError(
+            f"expected figures of names, got none at {missing[0]}: an earlier version left this folder; "
+            "run again without --only"
+        )
+    return {layer: json.loads(path.read_text("utf-8")) for layer, path in paths.items()}
 
 
 def load_recognisers(folder: Path) -> dict[int, Recogniser]:
@@ -451,7 +500,8 @@ def corpus_columns(corpus: Path, ids: Sequence[str], *columns: str) -> list[list
 def run(work: Work) -> None:
     """The stage: a shard a layer."""
     config, source = work.recipe.recognition, work.upstream("activations")
-    concepts = read_table(work.upstream("polarity") / "concepts.parquet", CONCEPTS).to_pandas()
+    table = read_table(work.upstream("polarity") / "concepts.parquet", CONCEPTS)
+    concepts = table.select(["concept_id", "concept"]).to_pandas()  # the others may change: see the pipeline
     layers = read_facts(source)["layers"] if config.min_precision else []
     facts = {"layers": layers, "stimuli": _calibrate_layers(work, concepts, layers) if layers else {}}
     named = sum(_facts(work.folder, layer)["named"] for layer in layers)
@@ -471,7 +521,7 @@ def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int])
     ids = reading_ids(shards)
     captions, pictures = corpus_columns(work.upstream("corpus"), ids, "caption", "image_sha256")
     part = parts_of(ids, pictures, work.recipe.sae.holdout, config.folds)
-    shown = _shown(work, concepts, ids, captions)
+    said, shown = _said_and_shown(work, concepts, ids, captions)
     for position, layer in enumerate(work.progress(layers, unit="layer")):
         if work.has(shard_name(layer)):
             continue
@@ -479,23 +529,28 @@ def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int])
         found = calibrate(
             readings, shown, len(concepts), folds=config.folds, min_precision=config.min_precision
         )
+        figures = held_out_figures(readings, said, found.recogniser)
         with work.shard(shard_name(layer)) as folder, writing(f"what tells the concepts of layer {layer}"):
             _write(folder, concepts, found)
+            write_atomic(folder / "figures.json", canonical_json(figures))
     held, passed = (int((part == which).sum()) for which in (HELD, PASSED))
     return {"in": len(ids), "held_out": held, "picture_held_out": passed}
 
 
-def _shown(work: Work, concepts: pd.DataFrame, ids: Sequence[str], captions: Sequence[str]) -> Shown:
-    """A stimulus shows what its caption names, and the concepts that it is a positive of."""
-    said = Said(concepts["concept"].tolist())
-    found = [said.of(caption) for caption in captions]
+def _said_and_shown(
+    work: Work, concepts: pd.DataFrame, ids: Sequence[str], captions: Sequence[str]
+) -> tuple[Shown, Shown]:
+    """What captions name; a stimulus shows that, and the concepts that it is a positive of."""
+    finder = Said(concepts["concept"].tolist())
+    found = [finder.of(caption) for caption in captions]
+    said = Shown.of(found)
     number, place = ({name: i for i, name in enumerate(names)} for names in (concepts["concept_id"], ids))
     links = read_table(work.upstream("stimuli") / "links.parquet", LINKS)
     columns = (links.column(name).to_pylist() for name in ("concept_id", "stimulus_id", "role"))
     for concept_id, stimulus_id, role in zip(*columns, strict=True):
         if role == "positive" and concept_id in number and stimulus_id in place:
             found[place[stimulus_id]].add(number[concept_id])
-    return Shown.of(found)
+    return said, Shown.of(found)
 
 
 def _write(folder: Path, concepts: pd.DataFrame, found: Calibrated) -> None:

@@ -24,7 +24,7 @@ import daco
 from builders.corpus import image_file, read_image, source_facts
 from builders.directions import load_dictionary
 from builders.recipe import Recipe, model_name, public_recipe, repo_name
-from builders.recognition import load_recognisers
+from builders.recognition import load_figures, load_recognisers
 from builders.stages import Work, done
 from builders.steering import TUNING, load_layer, read_tuning, release_setting, steering_config
 from builders.train_sae import threshold_form
@@ -352,7 +352,7 @@ def write_model(work: Work, folder: Path, dataset: Mapping[str, Any]) -> None:
         dataset: Manifest of the dataset release, which the SAEs were started from.
     """
     dictionary = load_dictionary(work.upstream("polarity"), work.upstream("directions"))
-    evaluation = json.loads((work.upstream("evaluate") / "evaluation.json").read_text("utf-8"))
+    evaluation = _evaluation(work)
     setting, training = release_setting(work.out, work.recipe, dictionary.layers), {}
     for layer in work.progress(dictionary.layers, unit="layer"):
         source = work.upstream("sae") / layer_folder(layer)
@@ -367,6 +367,15 @@ def write_model(work: Work, folder: Path, dataset: Mapping[str, Any]) -> None:
     if tuning := read_tuning(work.out):
         write_atomic(folder / TUNING, canonical_json(tuning))
     write_manifest(folder, _manifest(work, folder, "model", repo_name(work.recipe, "model"), {}))
+
+
+def _evaluation(work: Work) -> dict[str, Any]:
+    """What was evaluated, and beside the figures of atoms' names those of what is recognised."""
+    found = dict(json.loads((work.upstream("evaluate") / "evaluation.json").read_text("utf-8")))
+    recognised = load_figures(work.upstream("recognition"))
+    for layer, row in found.get("names", {}).items():
+        row |= recognised.get(layer, {})
+    return found
 
 
 TRAINING = ("start", "steps", "batch", "learning_rate", "l1", "holdout")

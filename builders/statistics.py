@@ -8,7 +8,7 @@ means, and items are drawn within their groups.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,6 +90,19 @@ def share(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> Interval:
         return Interval(mean, low, high)
     least, most = _wilson(mean, float(whole.sum()))
     return Interval(mean, min(low, least), max(high, most))
+
+
+def precision_recall(counts: np.ndarray) -> dict[str, Any]:
+    """Of names right, given and true of each item [n, 3]: both figures with 95 % intervals.
+
+    A figure is missing where nothing was named, or nothing was there to be.
+    """
+    right, given, true = counts.T
+    found: dict[str, Any] = {}
+    for name, one in {"precision": share(right, given), "recall": share(right, true)}.items():
+        if np.isfinite(one.mean):
+            found |= {name: one.mean, f"{name}_interval": [one.low, one.high]}
+    return found
 
 
 def ratio(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> Interval:

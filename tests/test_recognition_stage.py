@@ -35,7 +35,7 @@ from builders.directions import contrast, load_dictionary
 from builders.pipeline import STAGES, open_stage
 from builders.tokens import held_out
 from daco import ConceptDictionary
-from daco.errors import ActivationError, DiskError
+from daco.errors import ActivationError, DiskError, IntegrityError
 from daco.manifest import canonical_json, check_files, read_manifest
 from daco.tables import CONCEPTS, LINKS, STIMULI, table_of, write_table
 
@@ -344,7 +344,7 @@ def test_names_are_right_as_often_as_was_asked_for_on_stimuli_that_nothing_was_m
     held = np.array([held_out(i, 0.3) for i in ids])
     for position, layer in enumerate(LAYERS):
         one = stage.load_recogniser(folder, layer)
-        given = names.recognised(one, torch.from_numpy(z[held, position])).numpy()
+        given = stage.recognised(one, torch.from_numpy(z[held, position])).numpy()
         right = (given & says[held]).sum()
         precision, recall = right / given.sum(), right / says[held].sum()
         assert wanted - 0.06 < precision
@@ -364,7 +364,7 @@ def test_held_out_stimuli_and_their_pictures_have_no_part_in_it(upstream):
     passed = table.index[~held][:60]
     table.loc[passed, "image_sha256"] = table.image_sha256[held].iloc[0]
     write_table(upstream / "corpus" / "stimuli.parquet", pa.Table.from_pandas(table, preserve_index=False))
-    first = digests(run(upstream) / "shards")
+    first = made(run(upstream))
     found = json.loads((upstream / "recognition" / "facts.json").read_text())["stimuli"]
     assert found == {"in": N, "held_out": held.sum(), "picture_held_out": 60}
     apart = {*table.stimulus_id[held], *table.stimulus_id[passed]}
@@ -373,7 +373,13 @@ def test_held_out_stimuli_and_their_pictures_have_no_part_in_it(upstream):
         tensors[torch.tensor([i in apart for i in json.loads((shard / "ids.json").read_text())])] = 1e6
         save_file({"readings": tensors}, shard / "readings.safetensors")
     (upstream / "recognition" / "stage.json").unlink()
-    assert digests(run(upstream) / "shards") == first
+    assert made(run(upstream)) == first
+
+
+def made(folder: Path) -> dict[str, str]:
+    """What the stage found, without what it measures of it on held-out stimuli."""
+    found = digests(folder / "shards")
+    return {name: digest for name, digest in found.items() if Path(name).name != "figures.json"}
 
 
 @pytest.mark.parametrize("at", range(len(LAYERS)))
@@ -501,7 +507,9 @@ def test_figures_of_names_equal_naive_ones(upstream):
     sections = {"sae": {"holdout": 0.3, "n_atoms": 17, "k": 3}, "recognition": {"folds": 4}}
     work = opened(small_recipe(**sections), upstream, "evaluate")
     dictionary = load_dictionary(upstream / "polarity", upstream / "directions")
-    found = names.names_figures(work, dictionary)
+    of_atoms, recognised = names.names_figures(work, dictionary), stage.load_figures(folder)
+    found = {layer: row | recognised[layer] for layer, row in of_atoms.items()}
+    assert sorted(found) == sorted(recognised) == [str(layer) for layer in LAYERS]
     z, ids, says = all_readings(upstream)
     held = np.array([held_out(i, 0.3) for i in ids])
     for position, layer in enumerate(LAYERS):
@@ -562,14 +570,21 @@ def write_saes(out: Path, draw: torch.Generator) -> None:
 
 
 def test_without_recognition_or_held_out_stimuli_there_are_fewer_figures(upstream):
-    run(upstream, min_precision=0.0)
+    assert stage.load_figures(run(upstream, min_precision=0.0)) == {}
     write_saes(upstream, torch.Generator().manual_seed(4))
     dictionary = load_dictionary(upstream / "polarity", upstream / "directions")
     work = opened(small_recipe(sae={"holdout": 0.3}), upstream, "evaluate")
-    assert "recognised_precision" not in (found := names.names_figures(work, dictionary)["1"])
-    assert found["atoms_precision"] > 0
+    assert names.names_figures(work, dictionary)["1"]["atoms_precision"] > 0
     work = opened(small_recipe(sae={"holdout": 0.0}), upstream, "evaluate")
     assert names.names_figures(work, dictionary) == {}
+    stage.run(opened(small_recipe(sae={"holdout": 0.0}), fresh(upstream), "recognition"))
+    assert stage.load_figures(upstream / "recognition") == {"1": {}, "2": {}}
+
+
+def test_a_folder_of_an_earlier_version_is_not_taken_for_one_with_figures(upstream):
+    (run(upstream) / "shards" / "layers.2" / "figures.json").unlink()
+    with pytest.raises(IntegrityError, match=r"figures of names, got none at .*layers\.2.*without --only"):
+        stage.load_figures(upstream / "recognition")
 
 
 # Through a release.

@@ -1,0 +1,166 @@
+"""A change starts anew what depends on it and nothing else, and the release is as of a run from nothing."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from small_run import Killed, digests
+
+from builders import evaluate, recognition
+from builders.pipeline import STAGES, run
+from builders.recipe import Recipe, recipe_of
+from builders.stages import DONE, STAGE, Work
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "run": {"name": "changes", "seed": 5, "threads": 1},
+    "corpus": {"kind": "toyworld", "rows": 200, "name": "toyworld", "licence": "cc0-1.0"},
+    "concepts": {"source": "captions", "min_count": 3, "max_concepts": 30},
+    "clip": {"steps": 4, "batch": 16, "hidden": 32, "n_layers": 1, "vocabulary": 300, "image_size": 32},
+    "stimuli": {"n_positive": 5, "min_positive": 1, "pool": 64, "block": 15},
+    "model": {"tiny": "llava"},
+    "activations": {"layers": [1, 2], "batch": 8},
+    "recognition": {"min_precision": 0.1, "folds": 3},
+    "sae": {"k": 4, "holdout": 0.4, "steps": 4, "batch": 32},
+    "evaluate": {"items": 12, "batch": 3},
+    "release": {"org": "local", "dataset": "DACO-changes", "licence": "cc0-1.0"},
+}
+
+AFTER_LABELS = ["polarity", "atoms", "tune", "evaluate", "release"]
+"""Stages that read what concepts are labelled."""
+
+
+def recipe(**changes: dict[str, Any]) -> Recipe:
+    return recipe_of(SECTIONS | {name: SECTIONS.get(name, {}) | change for name, change in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, every stage real."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert run(recipe(), out) == [stage.name for stage in STAGES]
+    return out
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def from_nothing(changed: Recipe, place: Path) -> dict[str, str]:
+    run(changed, place)
+    return released(place)
+
+
+def released(out: Path) -> dict[str, str]:
+    return {name: sha for name, sha in digests(out / "release").items() if name not in (STAGE, DONE)}
+
+
+def on_disk(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which file each is, and when it was written."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def names_of(out: Path) -> dict[str, dict[str, Any]]:
+    return json.loads((out / "release/model/evaluation.json").read_text())["names"]
+
+
+def polarities(out: Path) -> dict[str, str]:
+    table = pd.read_parquet(out / "release/dataset/data/concepts")
+    return dict(zip(table["concept"], table["polarity"], strict=True))
+
+
+def relabelled(out: Path, by: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """A change of the recipe that gives the first neutral concept another label, and its name."""
+    concept = next(name for name, polarity in polarities(out).items() if polarity == "neutral")
+    edit = {"labels": "concept\tpolarity\n{}\tdesirable\n",
+            "edits": "action\tconcept\tpolarity\nrelabel\t{}\tdesirable\n"}[by]  # fmt: skip
+    path = folder / "list.tsv"
+    path.write_text(edit.format(concept))
+    section = {"labels": {"polarity": {"path": str(path)}}, "edits": {"concepts": {"edits": str(path)}}}[by]
+    return section, concept
+
+
+@pytest.mark.parametrize(("by", "before"), [("labels", []), ("edits", ["concepts"])])
+def test_another_label_starts_only_what_reads_labels(
+    out: Path, tmp_path: Path, by: str, before: list
+) -> None:
+    change, concept = relabelled(out, by, tmp_path)
+    kept = {name: on_disk(out / name) for name in ("stimuli", "directions", "recognition", "sae")}
+    assert run(recipe(**change), out) == before + AFTER_LABELS
+    assert {name: on_disk(out / name) for name in kept} == kept
+    assert polarities(out)[concept] == "desirable"
+    assert released(out) == from_nothing(recipe(**change), tmp_path / "anew")
+
+
+def test_another_setting_of_recognition_starts_no_steering_anew(out: Path, tmp_path: Path) -> None:
+    changed, before = recipe(recognition={"min_precision": 0.3}), names_of(out)
+    kept = {name: on_disk(out / name) for name in ("atoms", "evaluate")}
+    assert run(changed, out) == ["recognition", "release"]
+    assert {name: on_disk(out / name) for name in kept} == kept
+    for layer, row in names_of(out).items():
+        assert row["recognised_recall"] < before[layer]["recognised_recall"]
+        assert row["atoms_precision"] == before[layer]["atoms_precision"]
+    assert released(out) == from_nothing(changed, tmp_path / "anew")
+
+
+def run_and_die(changed: Recipe, out: Path, module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run dies when it calls this function of a module for the second time."""
+    real, calls = getattr(module, name), []
+
+    def dies(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, dies)
+        with pytest.raises(Killed):
+            run(changed, out)
+
+
+def begun(out: Path, stage: str) -> list[str]:
+    """Shards that a stage has begun in this folder, over all runs."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    return [line["shard"] for line in lines if (line["stage"], line["event"]) == (stage, "begin")]
+
+
+def test_steering_that_was_killed_goes_on_under_another_setting_of_recognition(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gamma, whole = {"evaluate": {"gamma": 0.7}}, begun(out, "evaluate")
+    run_and_die(recipe(**gamma), out, evaluate, "evaluate_batch", monkeypatch)
+    changed = recipe(**gamma, recognition={"min_precision": 0.3})
+    assert run(changed, out) == ["recognition", "evaluate", "release"]
+    assert begun(out, "evaluate") == [*whole, "00000", "00001", "00001", "00002", "00003"]
+    assert released(out) == from_nothing(changed, tmp_path / "anew")
+
+
+def test_recognition_that_was_killed_goes_on_under_another_label(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, shard = {"recognition": {"min_precision": 0.3}}, out / "recognition" / "shards" / "layers.1"
+    run_and_die(recipe(**setting), out, recognition, "calibrate", monkeypatch)
+    assert (kept := on_disk(shard))
+    changed = recipe(**setting, **relabelled(out, "labels", tmp_path)[0])
+    assert run(changed, out) == ["polarity", "recognition", *AFTER_LABELS[1:]]
+    assert on_disk(shard) == kept
+    assert released(out) == from_nothing(changed, tmp_path / "anew")
+
+
+def test_every_stage_says_which_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: dict[str, set[str]] = {stage.name: set() for stage in STAGES}
+    real = Work.upstream
+
+    def upstream(work: Work, name: str) -> Path:
+        read[work.stage].add(name)
+        return real(work, name)
+
+    monkeypatch.setattr(Work, "upstream", upstream)
+    run(recipe(), tmp_path / "run")
+    unsaid = {(stage.name, name) for stage in STAGES for name in read[stage.name] - set(stage.needed)}
+    assert unsaid == {("release", "corpus"), ("release", "activations")}  # see there
