@@ -1,8 +1,9 @@
 """One forward pass of the frozen MLLM over every linked stimulus: contrastive readings, tokens for the SAEs.
 
 Reads `corpus/`, `stimuli/links.parquet` and, where the recipe asks for them, a table of prompts; writes
-`activations/facts.json`, a folder a shard with `ids.json`, `counts.json`, `readings.safetensors` (of stimuli)
-and `tokens.safetensors` (of the sources), and `model/` for a tiny model.
+`activations/facts.json`, a folder a shard with `ids.json`, `sides.json` (what is held out together),
+`counts.json`, `readings.safetensors` (of stimuli) and `tokens.safetensors` (of the sources), and `model/` for
+a tiny model.
 """
 
 import dataclasses
@@ -29,9 +30,9 @@ from builders.recipe import ActivationsConfig, ModelConfig, Recipe
 from builders.stages import Work, summed_counts, writing
 from builders.tiny import tiny_mllm
 from builders.token_choice import keep_tokens
-from builders.tokens import MODALITIES, with_tokens
+from builders.tokens import MODALITIES, SIDES, sides_of, with_tokens
 from daco.errors import ActivationError
-from daco.manifest import canonical_json, write_atomic
+from daco.manifest import canonical_json, sha256_file, write_atomic
 from daco.sites import ModelFacts
 
 
@@ -44,6 +45,8 @@ class Stimulus(NamedTuple):
     """Text of the user's turn."""
     file: Path
     """Its image."""
+    picture: str
+    """sha256 of it."""
 
 
 def linked_stimuli(corpus: Path, links: Path) -> list[Stimulus]:
@@ -54,10 +57,13 @@ def linked_stimuli(corpus: Path, links: Path) -> list[Stimulus]:
     """
     wanted = set(pq.read_table(links, columns=["stimulus_id"]).column(0).unique().to_pylist())
     found = []
-    columns = ["stimulus_id", "caption", "file"]
+    columns = ["stimulus_id", "caption", "file", "image_sha256"]
     for batch in pq.ParquetFile(corpus / "stimuli.parquet").iter_batches(8_192, columns=columns):
-        rows = [row for row in batch.to_pylist() if row["stimulus_id"] in wanted]
-        found += [Stimulus(row["stimulus_id"], row["caption"], corpus / row["file"]) for row in rows]
+        rows = (row for row in batch.to_pylist() if row["stimulus_id"] in wanted)
+        found += [
+            Stimulus(row["stimulus_id"], row["caption"], corpus / row["file"], row["image_sha256"])
+            for row in rows
+        ]
     if not found:
         raise ActivationError(f"expected links to stimuli of the corpus, got none in {links.name}")
     return found
@@ -117,10 +123,13 @@ def run(work: Work) -> None:
     config = work.recipe.activations
     stimuli = linked_stimuli(work.upstream("corpus"), work.upstream("stimuli") / "links.parquet")
     jobs, n_in, skipped = jobs_of("stimuli", stimuli, config.shard_rows), len(stimuli), Counter[str]()
+    pictures = {stimulus.stimulus_id: stimulus.picture for stimulus in stimuli}
     for source in table_sources(config):
         prompts, unusable = read_prompts(Path(config.path), source)
         jobs += jobs_of(source, prompts, config.shard_rows)
         n_in, skipped = n_in + len(prompts) + unusable.total(), skipped + unusable
+        pictures |= pictures_of(prompts)
+    sides = sides_of(pictures)
     if work.recipe.model.tiny:
         _save_tiny(work)
     model, processor = open_mllm(work.recipe.model, work.folder)
@@ -131,8 +140,23 @@ def run(work: Work) -> None:
                 read = _read(model, processor, config, job)
                 with writing(f"the activations of shard {job.name}"):
                     _write_shard(folder, job, read, config, work.seed, before)
+                    write_atomic(folder / SIDES, canonical_json([sides[i] for i in read.ids]))
         before = counts_so_far(before, work.folder / "shards" / job.name)
     _finish(work, model, n_in, skipped)
+
+
+def pictures_of(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """By id, sha256 of the picture; empty for prompts without one, or with one that cannot be read."""
+    files = {prompt.image for prompt in prompts if prompt.image}
+    known = {file: _sha256(file) for file in files}
+    return {prompt.prompt_id: known[prompt.image] if prompt.image else "" for prompt in prompts}
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return sha256_file(file)
+    except OSError:  # counted where it is opened
+        return ""
 
 
 def jobs_of(source: str, items: Sequence[Any], size: int) -> list[Job]:

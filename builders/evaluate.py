@@ -16,14 +16,14 @@ from torch import Tensor
 
 from builders.activations import Stimulus, linked_stimuli, open_mllm
 from builders.corpus import open_image
-from builders.directions import load_dictionary
+from builders.directions import load_dictionary, with_readings
 from builders.mllm import chat_inputs
 from builders.names import names_figures
 from builders.splice import Spliced, answered, recovered, splice
 from builders.stages import Work
 from builders.statistics import interval, rate
 from builders.steering import load_steering, release_setting
-from builders.tokens import held_out
+from builders.tokens import held_ids
 from builders.train_sae import load_sae
 from daco.capture import capture
 from daco.dictionary import ConceptDictionary
@@ -193,11 +193,11 @@ def fired(report: Report) -> dict[str, int]:
 def run(work: Work) -> None:
     """The stage: a shard a batch of held-out stimuli, all methods on each."""
     dictionary = load_dictionary(work.upstream("polarity"), work.upstream("directions"))
-    held = [
-        stimulus
-        for stimulus in linked_stimuli(work.upstream("corpus"), work.upstream("stimuli") / "links.parquet")
-        if held_out(stimulus.stimulus_id, work.recipe.sae.holdout)
-    ]
+    apart = held_ids(
+        with_readings(sorted((work.upstream("activations") / "shards").iterdir())), work.recipe.sae.holdout
+    )
+    linked = linked_stimuli(work.upstream("corpus"), work.upstream("stimuli") / "links.parquet")
+    held = [stimulus for stimulus in linked if stimulus.stimulus_id in apart]
     stimuli = held[: work.recipe.evaluate.items]
     if not stimuli:
         raise ActivationError("expected held-out stimuli, got none; raise sae.holdout or evaluate.items")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from builders.directions import with_readings
-from builders.recognition import HELD, Readings, Said, Shown, corpus_columns, reading_ids, tally
+from builders.recognition import HELD, Readings, Said, Shown, corpus_columns, tally
 from builders.stages import Work
 from builders.statistics import precision_recall
-from builders.tokens import held_out, read_facts
+from builders.tokens import held_out, read_facts, read_ids, read_sides
 from builders.train_sae import load_sae
 from daco.dictionary import ConceptDictionary
 from daco.sae import SAE
@@ -50,8 +50,8 @@ def names_figures(work: Work, dictionary: ConceptDictionary) -> dict[str, dict[s
     """
     source, n_concepts, found = work.upstream("activations"), len(dictionary), {}
     shards = with_readings(sorted((source / "shards").iterdir()))
-    ids = reading_ids(shards)
-    part = np.array([HELD if held_out(i, work.recipe.sae.holdout) else 0 for i in ids])
+    ids, holdout = read_ids(shards), work.recipe.sae.holdout
+    part = np.array([HELD if held_out(side, holdout) else 0 for side in read_sides(shards)])
     said = Said(dictionary.concepts["concept"].tolist())
     (captions,) = corpus_columns(work.upstream("corpus"), ids, "caption")
     shown = Shown.of([said.of(caption) for caption in captions])

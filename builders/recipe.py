@@ -291,7 +291,8 @@ class SaeConfig:
     learning_rate: float = 1e-3
     """Of Adam, constant after a linear warm-up of 5 %."""
     holdout: float = 0.1
-    """Share of the stimuli whose tokens are never trained on."""
+    """Share of the pictures, with all their captions, and of the prompts without one, whose tokens are never
+    trained on. Chosen by hash of the least id that a picture has."""
     eval_steps: int = 50
     """Steps between measurements."""
     checkpoint_steps: int = 100

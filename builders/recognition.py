@@ -3,8 +3,7 @@
 Reads `corpus/` (captions), `stimuli/links.parquet`, of `polarity/concepts.parquet` ids and names alone, and
 readings of `activations/`; writes `recognition/facts.json` and, in a shard a layer, `statistics.safetensors`
 (`mean`, `inverse`), `concepts.parquet` (as releases have it), `facts.json` and `figures.json` (how often the
-names of held-out stimuli are right). What is held out of SAE training (by `sae.holdout`) is held out here
-too, and so are other captions of its pictures.
+names of held-out stimuli are right). What is held out of SAE training (by `sae.holdout`) is so here, too.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ from torch import Tensor
 from builders.directions import with_readings
 from builders.stages import Work, writing
 from builders.statistics import precision_recall
-from builders.tokens import held_out, read_facts
+from builders.tokens import held_out, read_facts, read_ids, read_sides
 from daco.dictionary_files import recogniser_of, recognition_table
 from daco.errors import ActivationError, IntegrityError
 from daco.manifest import canonical_json, write_atomic
@@ -47,9 +46,8 @@ BLOCK = 1_024
 CHUNK = 4_096
 """Pairs of a stimulus and a concept that it shows, added up at a time."""
 
-HELD, PASSED = -1, -2
-"""Part of the stimuli that are held out, and of those with other captions of their pictures, which are on
-neither side; those of the others are 0, 1, ..."""
+HELD = -1
+"""Part of the stimuli that are held out; those of the others are 0, 1, ..."""
 
 
 # What captions say.
@@ -167,26 +165,20 @@ def shrunk(sums: Moments, about: Tensor) -> Shrunk:
 # Readings on disk, and what their stimuli show.
 
 
-def parts_of(ids: Sequence[str], pictures: Sequence[str], holdout: float, folds: int) -> np.ndarray:
-    """The part of each stimulus, [n]: HELD, PASSED or a fold, one for all captions of a picture.
+def parts_of(sides: Sequence[str], holdout: float, folds: int) -> np.ndarray:
+    """The part of each stimulus, [n]: HELD or a fold, one for all captions of a picture.
 
     Args:
-        ids: Of the stimuli.
-        pictures: sha256 of each one's.
+        sides: Of the stimuli (see `builders.tokens.sides_of`).
         holdout: Share that is held out.
         folds: How many there are.
     """
-    held, first = [held_out(i, holdout) for i in ids], {}
-    seen = {picture for picture, one in zip(pictures, held, strict=True) if one}
-    for i, picture in zip(ids, pictures, strict=True):
-        first[picture] = min(i, first.get(picture, i))
-    passed_or_fold = [PASSED if p in seen else fold_of(first[p], folds) for p in pictures]
-    return np.where(held, HELD, passed_or_fold)
+    return np.array([HELD if held_out(side, holdout) else fold_of(side, folds) for side in sides])
 
 
-def fold_of(stimulus_id: str, folds: int) -> int:
-    """The fold of a stimulus that is not held out, a function of its id alone."""
-    digest = hashlib.sha256(f"recognition fold\0{stimulus_id}".encode()).digest()
+def fold_of(side: str, folds: int) -> int:
+    """The fold of what is not held out, a function of its side alone."""
+    digest = hashlib.sha256(f"recognition fold\0{side}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % folds
 
 
@@ -481,11 +473,6 @@ def shard_name(layer: int) -> str:
     return f"layers.{layer}"
 
 
-def reading_ids(shards: Sequence[Path]) -> list[str]:
-    """Stimulus of each reading."""
-    return [i for shard in shards for i in json.loads((shard / "ids.json").read_text("utf-8"))]
-
-
 def corpus_columns(corpus: Path, ids: Sequence[str], *columns: str) -> list[list[str]]:
     """Columns of the corpus, of these stimuli in their order."""
     wanted, found = set(ids), {}
@@ -515,12 +502,12 @@ def _facts(folder: Path, layer: int) -> dict[str, Any]:
 
 
 def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int]) -> dict[str, int]:
-    """A shard a layer; how many stimuli there are, and how many of them are held out or passed over."""
+    """A shard a layer; how many stimuli there are, and how many of them are held out."""
     config = work.recipe.recognition
     shards = with_readings(sorted((work.upstream("activations") / "shards").iterdir()))
-    ids = reading_ids(shards)
-    captions, pictures = corpus_columns(work.upstream("corpus"), ids, "caption", "image_sha256")
-    part = parts_of(ids, pictures, work.recipe.sae.holdout, config.folds)
+    ids = read_ids(shards)
+    (captions,) = corpus_columns(work.upstream("corpus"), ids, "caption")
+    part = parts_of(read_sides(shards), work.recipe.sae.holdout, config.folds)
     said, shown = _said_and_shown(work, concepts, ids, captions)
     for position, layer in enumerate(work.progress(layers, unit="layer")):
         if work.has(shard_name(layer)):
@@ -533,8 +520,7 @@ def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int])
         with work.shard(shard_name(layer)) as folder, writing(f"what tells the concepts of layer {layer}"):
             _write(folder, concepts, found)
             write_atomic(folder / "figures.json", canonical_json(figures))
-    held, passed = (int((part == which).sum()) for which in (HELD, PASSED))
-    return {"in": len(ids), "held_out": held, "picture_held_out": passed}
+    return {"in": len(ids), "held_out": int((part == HELD).sum())}
 
 
 def _said_and_shown(

@@ -147,7 +147,7 @@ def _measured(overall: _Sums, parts: list[_Sums], fired: Tensor) -> Measured:
 def fve_interval(
     tokens: TokenShards, weights: Mapping[str, Tensor], config: SaeConfig, block: int = 4_096
 ) -> tuple[float, float]:
-    """95 % interval of the FVE of exported weights over stimuli, whose tokens are alike and stay together.
+    """95 % interval of the FVE of exported weights over pictures, whose tokens are alike and stay together.
 
     Args:
         tokens: Held-out rows, about whose mean variance is counted.
@@ -159,15 +159,16 @@ def fve_interval(
     mean = torch.zeros(tokens.d_model, dtype=torch.float64, device=device)
     for z in tokens.blocks(block):
         mean += z.to(device).double().sum(0) / len(tokens)
-    left, spread, first = np.zeros(len(tokens.ends)), np.zeros(len(tokens.ends)), 0
+    n_pictures, first = int(tokens.pictures.max()) + 1, 0
+    left, spread = np.zeros(n_pictures), np.zeros(n_pictures)
     for z in tokens.blocks(block):
         z = z.to(device)
         code = encode(z, weights, config, encoder)
         missed = (z - decoded(code, weights["W_dec"]) - weights["b_dec"]).double().square().sum(1)
         about = (z.double() - mean).square().sum(1)
         stimulus = np.searchsorted(tokens.ends, first + np.arange(len(z)), side="right")
-        np.add.at(left, stimulus, missed.cpu().numpy())
-        np.add.at(spread, stimulus, about.cpu().numpy())
+        np.add.at(left, tokens.pictures[stimulus], missed.cpu().numpy())
+        np.add.at(spread, tokens.pictures[stimulus], about.cpu().numpy())
         first += len(z)
     found = ratio(left, spread)
     return 1 - found.high, 1 - found.low

@@ -26,6 +26,9 @@ from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, write_atom
 
 T = TypeVar("T")
 
+LAYOUTS = {"activations": 2}
+"""Stages whose files were laid out otherwise before: what an earlier version left of them is made anew."""
+
 PARTIAL = ".partial-"
 DONE, STAGE, LOG = "done.json", "stage.json", "log.jsonl"
 
@@ -196,6 +199,8 @@ def summed_counts(shards: Iterable[Path], name: str = "counts.json") -> Counter[
 def fingerprint(stage: str, sections: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
     """What a stage's result depends on: its recipe sections and the seals of the stages it reads."""
     facts = {"stage": stage, "format": FORMAT_VERSION, "sections": dict(sections), "upstream": dict(upstream)}
+    if stage in LAYOUTS:
+        facts["layout"] = LAYOUTS[stage]
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
 
 

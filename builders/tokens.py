@@ -1,25 +1,29 @@
 """Token activations on disk: what a shard keeps, and how the SAE's stages read it.
 
 Writes nothing itself; reads `activations/facts.json` and the stage's shards (`tokens.safetensors`: `tokens`
-[t, n_layers, d_model], `norms` [t, n_layers], `modality` [t], `n_tokens` [stimuli] ...; `ids.json`). Which
-tokens a shard keeps is decided in `builders.token_choice`.
+[t, n_layers, d_model], `norms` [t, n_layers], `modality` [t], `n_tokens` [stimuli] ...; `ids.json`;
+`sides.json`). Which tokens a shard keeps is decided in `builders.token_choice`.
+
+What is held out of SAE training is held out picture by picture. A picture stands before its text, so that all
+its captions have the same image tokens: an SAE that learnt from one of them has seen those of the others.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from daco.errors import ActivationError
+from daco.errors import ActivationError, FormatError
 
 MODALITIES = ("image", "prompt", "caption", "generated")
 """What a token belongs to; a shard's `modality` holds their numbers."""
@@ -30,13 +34,54 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "facts.json").read_text("utf-8")))
 
 
-def held_out(stimulus_id: str, share: float) -> bool:
-    """Whether the tokens of a stimulus are kept out of SAE training; a function of its id alone.
+SIDES = "sides.json"
+"""A shard's file beside `ids.json`: of each stimulus or prompt the id that decides its side."""
+
+
+def sides_of(pictures: Mapping[str, str]) -> dict[str, str]:
+    """By id, the one that decides its side: the least of those that have its picture, so none is on both.
+
+    Args:
+        pictures: By id of all stimuli and prompts, sha256 of its picture; empty where it has none.
+    """
+    least: dict[str, str] = {}
+    for i, picture in pictures.items():
+        least[picture] = min(i, least.get(picture, i))
+    return {i: least[picture] if picture else i for i, picture in pictures.items()}
+
+
+def held_out(side: str, share: float) -> bool:
+    """Whether the tokens of a side (see `sides_of`) are kept out of SAE training; a function of its id alone.
 
     Of a prompt's id only the part before its `-` counts: no prompt is on both sides, whatever its answers.
     """
-    digest = hashlib.sha256(f"sae holdout\0{stimulus_id.partition('-')[0]}".encode()).digest()
+    digest = hashlib.sha256(f"sae holdout\0{side.partition('-')[0]}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def read_ids(shards: Sequence[Path]) -> list[str]:
+    """Ids of the stimuli or prompts of these shards, in order."""
+    return [i for shard in shards for i in json.loads((shard / "ids.json").read_text("utf-8"))]
+
+
+def read_sides(shards: Sequence[Path]) -> list[str]:
+    """What decides the side of each of them, in the same order.
+
+    Raises:
+        FormatError: a shard does not say.
+    """
+    for shard in shards:
+        if not (shard / SIDES).is_file():
+            raise FormatError(
+                f"{shard}: expected {SIDES}, got none: an earlier version wrote it; run the activations again"
+            )
+    return [side for shard in shards for side in json.loads((shard / SIDES).read_text("utf-8"))]
+
+
+def held_ids(shards: Sequence[Path], holdout: float) -> set[str]:
+    """Ids of what is held out among the stimuli or prompts of these shards."""
+    pairs = zip(read_ids(shards), read_sides(shards), strict=True)
+    return {i for i, side in pairs if held_out(side, holdout)}
 
 
 def with_tokens(shards: Sequence[Path]) -> list[Path]:
@@ -50,8 +95,8 @@ class TokenShards:
     Args:
         shards: The shard folders, in order; those that hold no tokens (readings alone) are passed over.
         position: Position of the layer among the stage's layers.
-        holdout: Share of stimuli that is held out.
-        held: Take the held-out stimuli, else the others.
+        holdout: Share of pictures, and of prompts without one, that is held out.
+        held: Take what is held out, else the rest.
     """
 
     def __init__(self, shards: Sequence[Path], position: int, holdout: float, held: bool) -> None:
@@ -65,7 +110,20 @@ class TokenShards:
     @cached_property
     def stimulus_ids(self) -> list[str]:
         """Ids of the stimuli that have tokens here, in order."""
-        return [i for shard in self.folders for i in _kept_ids(shard, self.holdout, self.held)]
+        return self._of_spans(read_ids)
+
+    @cached_property
+    def pictures(self) -> np.ndarray:
+        """Number of the picture of each of them, [stimuli], in order; a prompt without one has its own."""
+        sides = [side.partition("-")[0] for side in self._of_spans(read_sides)]
+        return pd.factorize(np.array(sides, dtype=object))[0]
+
+    def _of_spans(self, read: Callable[[Sequence[Path]], list[str]]) -> list[str]:
+        """What is read of each stimulus, of those that have tokens here."""
+        kept = (_kept(shard, self.holdout, self.held)[1] for shard in self.folders)
+        return [
+            x for shard, mask in zip(self.folders, kept, strict=True) for x in compress(read([shard]), mask)
+        ]
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -100,21 +158,17 @@ class TokenShards:
 
 def _spans(shard: Path, number: int, holdout: float, held: bool) -> np.ndarray:
     """Rows (shard, first token, tokens) of the wanted stimuli of a shard."""
-    with safe_open(shard / "tokens.safetensors", "np") as file:
-        lengths = file.get_tensor("n_tokens")
+    lengths, kept = _kept(shard, holdout, held)
     first = lengths.cumsum() - lengths
-    wanted = np.array([held_out(i, holdout) is held for i in _ids(shard)], dtype=bool)
-    return np.stack([np.full(len(lengths), number), first, lengths], axis=1)[wanted & (lengths > 0)]
+    return np.stack([np.full(len(lengths), number), first, lengths], axis=1)[kept]
 
 
-def _ids(shard: Path) -> list[str]:
-    return list(json.loads((shard / "ids.json").read_text("utf-8")))
-
-
-def _kept_ids(shard: Path, holdout: float, held: bool) -> list[str]:
+def _kept(shard: Path, holdout: float, held: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Of each stimulus of a shard how many tokens it has, and whether it is wanted and has any."""
     with safe_open(shard / "tokens.safetensors", "np") as file:
         lengths = file.get_tensor("n_tokens")
-    return [i for i, n in zip(_ids(shard), lengths, strict=True) if n and held_out(i, holdout) is held]
+    wanted = np.array([held_out(side, holdout) is held for side in read_sides([shard])], dtype=bool)
+    return lengths, wanted & (lengths > 0)
 
 
 def median_norms(shards: Sequence[Path], n_layers: int, holdout: float) -> list[float]:

@@ -64,6 +64,12 @@ def stimulus_ids(n: int) -> list[str]:
     return [hashlib.sha256(f"small{i}".encode()).hexdigest()[:16] for i in range(n)]
 
 
+def write_ids(shard: Path, ids: list[str], sides: list[str] | None = None) -> None:
+    """Ids of a shard's stimuli, each with a picture of its own unless `sides` says otherwise."""
+    (shard / "ids.json").write_text(json.dumps(ids))
+    (shard / "sides.json").write_text(json.dumps(sides or ids))
+
+
 def dictionary(seed: int = 3) -> dict[str, torch.Tensor]:
     """Raw directions of every layer, with norms far from 1."""
     draw = torch.Generator().manual_seed(seed)
@@ -83,7 +89,7 @@ def write_activations(out: Path, n_stimuli: int = 23, shard: int = 9, seed: int 
             save_file(keep_tokens(part, tokens, max_norm=100.0)[0], folder / "tokens.safetensors")
             readings = torch.stack([z[-1] for z in tokens])
             save_file({"readings": readings}, folder / "readings.safetensors")
-            (folder / "ids.json").write_text(json.dumps(part))
+            write_ids(folder, part)
     facts = {"model": model_facts(), "layers": list(LAYERS), "tokens": {"in": 0, "out": 0, "skipped": {}}}
     (work.folder / "facts.json").write_text(canonical_json(facts))
     work.finish({"in": n_stimuli, "out": n_stimuli, "skipped": {}})
@@ -154,14 +160,15 @@ def write_sae(out: Path, **changes: object) -> None:
     train_sae.run(opened(small_recipe(sae=sizes | changes), out, "sae"))
 
 
-def write_corpus(out: Path, n: int = 29) -> None:
-    """Pairs with small images; the first 23 are the stimuli of `write_activations`."""
+def write_corpus(out: Path, n: int = 29, captions: int = 1) -> None:
+    """Pairs with small images, so many captions each; the first 23 are those of `write_activations`."""
     work = opened(small_recipe(), out, "corpus")
     (work.folder / "images").mkdir()
     draw = np.random.default_rng(2)
     ids, rows = [*stimulus_ids(23), *(f"{i:016x}" for i in range(n - 23))], []
     for i, stimulus in enumerate(ids):
-        pixels = draw.integers(0, 256, (21, 33, 3), dtype=np.uint8)
+        if i % captions == 0:
+            pixels = draw.integers(0, 256, (21, 33, 3), dtype=np.uint8)
         file = work.folder / "images" / f"{stimulus}.png"
         Image.fromarray(pixels).save(file)
         rows.append(

@@ -8,7 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_run import LAYERS, Killed, digests, opened, small_recipe, stimulus_ids, write_corpus, write_links
+from small_run import (
+    LAYERS,
+    Killed,
+    digests,
+    opened,
+    small_recipe,
+    stimulus_ids,
+    write_corpus,
+    write_ids,
+    write_links,
+)
 
 from builders import activations as stage
 from builders import forward
@@ -185,7 +195,7 @@ def test_token_shards_split_by_stimulus_and_read_any_row(tmp_path):
         part = ids[start : start + size]
         modality = [torch.arange(len(z), dtype=torch.uint8) % 3 for z in tokens]
         save_file(keep_tokens(part, tokens, 1e9, modality=modality)[0], folder / "tokens.safetensors")
-        (folder / "ids.json").write_text(json.dumps(part))
+        write_ids(folder, part)
         for stimulus, z, kind in zip(part, tokens, modality, strict=True):
             expected[held_out(stimulus, 0.4)].append(z[:, 1])
             kinds[held_out(stimulus, 0.4)] += kind.tolist()

@@ -8,14 +8,24 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_run import LAYERS, Killed, digests, opened, small_recipe, write_corpus, write_links, write_polarity
+from small_run import (
+    LAYERS,
+    Killed,
+    digests,
+    opened,
+    small_recipe,
+    write_corpus,
+    write_ids,
+    write_links,
+    write_polarity,
+)
 
 from builders import activations, atoms, directions, recognition, splice, train_sae
 from builders import evaluate as stage
 from builders.activations import linked_stimuli, open_mllm
 from builders.corpus import open_image
 from builders.mllm import chat_inputs
-from builders.tokens import held_out
+from builders.tokens import held_ids, held_out, read_ids
 from daco.errors import ActivationError
 
 SECTIONS = {
@@ -115,6 +125,19 @@ def test_evaluation_has_every_section_with_its_numbers(upstream):
     assert all(figures["n_stimuli"] == 7 for figures in found["steering"].values())
     counts = json.loads((upstream / "evaluate" / "done.json").read_text())["counts"]
     assert counts == {"in": len(held), "out": 7, "skipped": {"over_limit": len(held) - 7}}
+
+
+def test_what_is_held_out_is_what_the_activations_say(upstream):
+    shards = sorted((upstream / "activations" / "shards").iterdir())
+    before = held_ids(shards, 0.4)
+    one, other = (next(i for i in read_ids(shards) if (i in before) is held) for held in (True, False))
+    for shard in shards:  # both have one picture now
+        ids = read_ids([shard])
+        write_ids(shard, ids, [one if i == other else i for i in ids])
+    found = run(upstream)
+    counts = json.loads((upstream / "evaluate" / "done.json").read_text())["counts"]
+    assert counts["in"] == len(before) + 1
+    assert {row["n_stimuli"] for row in found["names"].values()} == {len(before) + 1}
 
 
 def linked(out):

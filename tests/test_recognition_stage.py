@@ -25,6 +25,7 @@ from small_run import (
     stimulus_ids,
     write_activations,
     write_corpus,
+    write_ids,
     write_links,
     write_polarity,
 )
@@ -33,7 +34,7 @@ from builders import atoms, directions, names, release, train_sae
 from builders import recognition as stage
 from builders.directions import contrast, load_dictionary
 from builders.pipeline import STAGES, open_stage
-from builders.tokens import held_out
+from builders.tokens import held_out, sides_of
 from daco import ConceptDictionary
 from daco.errors import ActivationError, DiskError, IntegrityError
 from daco.manifest import canonical_json, check_files, read_manifest
@@ -162,23 +163,16 @@ def test_thresholds_equal_those_tried_one_by_one(min_precision):
     assert not never & {1, 5}
 
 
-def test_all_captions_of_a_picture_are_on_one_side():
+def test_all_captions_of_a_picture_are_in_one_part():
     ids = stimulus_ids(400)
-    pictures = [f"{n % 100 if n < 300 else n:064x}" for n in range(400)]  # a hundred have three captions
-    held = np.array([held_out(i, 0.2) for i in ids])
-    part = stage.parts_of(ids, pictures, 0.2, 4)
-    assert ((part == stage.HELD) == held).all()
+    pictures = {i: f"{n % 100 if n < 300 else n:064x}" for n, i in enumerate(ids)}  # a hundred have three
+    sides = sides_of(pictures)
+    part = stage.parts_of([sides[i] for i in ids], 0.2, 4)
     for n in range(100):
-        of = part[[n, n + 100, n + 200]]
-        if held[[n, n + 100, n + 200]].any():
-            assert set(of) <= {stage.HELD, stage.PASSED}
-        else:
-            assert len(set(of)) == 1
-            assert 0 <= of[0] < 4
-    assert 60 < (part == stage.PASSED).sum() < 130
+        assert len(set(part[[n, n + 100, n + 200]])) == 1
     for n in range(300, 400):
-        assert part[n] == (stage.HELD if held[n] else stage.fold_of(ids[n], 4))
-    assert set(part[~held]) == {stage.PASSED, 0, 1, 2, 3}
+        assert part[n] == (stage.HELD if held_out(ids[n], 0.2) else stage.fold_of(ids[n], 4))
+    assert set(part[:100]) == set(part[300:]) == {stage.HELD, 0, 1, 2, 3}
 
 
 # A world whose concepts are planted.
@@ -222,7 +216,7 @@ def planted(out: Path, seed: int = 1) -> Path:
         with work.shard(f"{number:05d}") as folder:
             part = torch.from_numpy(z[start : start + 250])
             save_file({"readings": part}, folder / "readings.safetensors")
-            (folder / "ids.json").write_text(json.dumps(ids[start : start + 250]))
+            write_ids(folder, ids[start : start + 250])
     facts = {"model": model_facts(), "layers": list(LAYERS), "tokens": {"in": 0, "out": 0, "skipped": {}}}
     (work.folder / "facts.json").write_text(canonical_json(facts))
     work.finish({})
@@ -361,13 +355,14 @@ def test_held_out_stimuli_and_their_pictures_have_no_part_in_it(upstream):
     """Sixty stimuli are other captions of a picture that is held out."""
     table = pd.read_parquet(upstream / "corpus" / "stimuli.parquet")
     held = table.stimulus_id.map(lambda i: held_out(i, 0.3))
-    passed = table.index[~held][:60]
-    table.loc[passed, "image_sha256"] = table.image_sha256[held].iloc[0]
-    write_table(upstream / "corpus" / "stimuli.parquet", pa.Table.from_pandas(table, preserve_index=False))
+    others = set(table.stimulus_id[~held][:60])
+    for shard in sorted((upstream / "activations" / "shards").iterdir()):
+        ids = json.loads((shard / "ids.json").read_text())
+        write_ids(shard, ids, [table.stimulus_id[held].iloc[0] if i in others else i for i in ids])
     first = made(run(upstream))
     found = json.loads((upstream / "recognition" / "facts.json").read_text())["stimuli"]
-    assert found == {"in": N, "held_out": held.sum(), "picture_held_out": 60}
-    apart = {*table.stimulus_id[held], *table.stimulus_id[passed]}
+    assert found == {"in": N, "held_out": held.sum() + 60}
+    apart = {*table.stimulus_id[held], *others}
     for shard in sorted((upstream / "activations" / "shards").iterdir()):
         tensors = load_file(shard / "readings.safetensors")["readings"].clone()
         tensors[torch.tensor([i in apart for i in json.loads((shard / "ids.json").read_text())])] = 1e6

@@ -1,6 +1,5 @@
 """Proves that training reads a shuffled order across all shards, reproducible and in bounded memory."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from sae_rows import CONFIG
 from safetensors.torch import save_file
-from small_run import stimulus_ids
+from small_run import stimulus_ids, write_ids
 
 from builders.sae_batches import AHEAD, batch_index, batches
 from builders.tokens import TokenShards
@@ -30,7 +29,7 @@ def shards(tmp_path_factory) -> TokenShards:
         save_file(
             {"tokens": tokens, "n_tokens": torch.full((STIMULI,), TOKENS)}, shard / "tokens.safetensors"
         )
-        (shard / "ids.json").write_text(json.dumps(ids[number * STIMULI :][:STIMULI]))
+        write_ids(shard, ids[number * STIMULI :][:STIMULI])
     return TokenShards(sorted(folder.iterdir()), 1, 0.0, False)
 
 

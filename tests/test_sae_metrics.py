@@ -42,16 +42,16 @@ def test_measurements_equal_the_naive_ones_overall_and_by_modality():
     assert sae_metrics.measure(Rows(z), w, RELU).fve_image is None
 
 
-def test_the_interval_of_fve_keeps_the_tokens_of_a_stimulus_together():
+def test_the_interval_of_fve_keeps_the_tokens_of_a_picture_together():
     z, w, lengths = 3 * draw(29, D_MODEL).float() + 2, weights(), [1, 9, 4, 15]
     tokens = Rows(z)
-    tokens.ends = np.cumsum(lengths)
+    tokens.ends, tokens.pictures = np.cumsum(lengths), np.array([1, 0, 2, 1])
     z_hat = torch.relu((z - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) @ w["W_dec"] + w["b_dec"]
     parts = [
         [float(one.sum()) for one in part.double().square().split(lengths)]
         for part in (z - z_hat, z - z.mean(0))
     ]
-    left, spread = (np.array(part) for part in parts)
+    left, spread = (np.array([part[1], part[0] + part[3], part[2]]) for part in parts)
     expected = ratio(left, spread)
     for block in (3, 64):
         low, high = sae_metrics.fve_interval(tokens, w, RELU, block)
