@@ -76,7 +76,7 @@ EVALUATION_NOTES = {
     "atoms_recall": "share of what captions say that those are: atoms tell sides apart, hardly what is shown",
     "recognised_precision": "share of the concepts that the dictionary recognises that captions say",
     "recognised_recall": "share of what captions say that it recognises",
-    "fve": "variance explained on held-out tokens (95 % intervals over stimuli)",
+    "fve": "variance explained on held-out tokens (95 % intervals over pictures)",
     "fve_at_start": "the same before training",
     "l0": "atoms active per token",
     "dead": "atoms that never fired",

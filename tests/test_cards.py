@@ -214,7 +214,7 @@ def test_numbers_of_a_model_are_its_files(tmp_path: Path) -> None:
     assert rows(body, "2", str(N_ATOMS)) == [["2", str(N_ATOMS), *counted, "4", "5.5"]]
     assert "Steering defaults: eta 0.3, gamma 0.5, scope all." in body
     assert rows(body, "1", "0.51") == [["1", "0.51", "7.25"]]
-    explained = "`fve`: variance explained on held-out tokens (95 % intervals over stimuli)"
+    explained = "`fve`: variance explained on held-out tokens (95 % intervals over pictures)"
     assert f"{explained}; `l0`: atoms active per token." in body
     assert rows(body, "items") == [["items", "16"]]
     assert rows(body, "tokens") == [["tokens", "1,234"]]
