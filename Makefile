@@ -29,7 +29,7 @@ test-interop: $(VENV)/.ready .venv-saelens/.ready
 
 # The GPU's kernels, interpreted on the CPU and compiled for a GPU; the CPU build of torch comes without Triton.
 test-kernels: $(VENV)/.ready .triton/.ready
-	TRITON_PATH=.triton $(BIN)/python -m pytest tests/test_sae_kernels.py tests/test_solver_kernels.py tests/test_retrieval_kernels.py
+	TRITON_PATH=.triton $(BIN)/python -m pytest tests/test_sae_kernels.py tests/test_solver_kernels.py tests/test_retrieval_kernels.py tests/test_top_k.py
 
 test-clip-retrieval: $(VENV)/.ready .venv-clip-retrieval/.ready
 	CLIP_RETRIEVAL_BIN=$(CURDIR)/.venv-clip-retrieval/bin $(BIN)/python -m pytest tests/test_clip_retrieval.py -s

@@ -18,6 +18,9 @@ WIDEST = 65_536
 BLOCK = 1_024
 """Columns that are looked up at once."""
 
+WARPS = 8
+"""Of a program: on an H200 more are slower, at every width up to WIDEST (`benchmarks/top_k.py`)."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of pre-activations: what float32 holds exactly."""
 
@@ -79,11 +82,6 @@ def top_k_at(pre: Tensor, k: int, at: Tensor) -> Tensor:
     with torch.cuda.device_of(pre):  # Triton starts kernels on the current device, which need not be pre's
         _top_k_at[(n,)](
             pre, at, out, m, len(at), k, WIDTH=width, BITS=width.bit_length() - 1, BLOCK=BLOCK,
-            num_warps=warps(width),
+            num_warps=WARPS,
         )  # fmt: skip
     return out
-
-
-def warps(width: int) -> int:
-    """So many that a thread holds 16 to 32 columns, where a program may have them."""
-    return max(4, min(32, width // 512))

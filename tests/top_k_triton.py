@@ -40,7 +40,7 @@ def compiled() -> None:
         made = triton.compile(
             ASTSource(kernel, kinds, places),
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": top_k_kernels.warps(width)},
+            options={"num_warps": top_k_kernels.WARPS},
         )
         print(width, len(made.asm["cubin"]), "bytes")
 
