@@ -1,7 +1,7 @@
 """Who steers a model: one at a time, and known by name to the next who tries; no files."""
 
 import threading
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
@@ -45,3 +45,15 @@ def release(layers: nn.ModuleList, who: Claimant) -> None:
         held = _steered.get(layers)
         if held is not None and held() is who:
             del _steered[layers]
+
+
+def no_copy(memo: Any) -> NoReturn:
+    """What `copy.deepcopy` meets in a steered model, whose copy would go on with blocks of the original.
+
+    Raises:
+        SteeringConflictError: always.
+    """
+    raise SteeringConflictError(
+        "expected a model that is not steered, got one to copy while it is; end the `with` block or call "
+        "remove() on its handle first, and steer the copy anew"
+    )

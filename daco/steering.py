@@ -7,14 +7,14 @@ import inspect
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from daco.assignment import Part, PerRow, Steerers, parts_of
 from daco.capture import block_output
-from daco.claims import claim, release
+from daco.claims import claim, no_copy, release
 from daco.errors import NothingToSteerError, SteeringConflictError, UnsupportedModelError
 from daco.methods.method import check_on_empty
 from daco.positions import Positions, named, positions
@@ -66,6 +66,9 @@ class Run:
         self._notes: list[str] = []
         self._forwards = self._off = self._guessed = 0
         self._now = threading.local()  # each thread is in a forward of its own
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        no_copy(memo)
 
     def report(self) -> Report:
         """What was steered up to now; may wait for the device."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from daco.assignment import PerRow, Steerers, parts_of
 from daco.capture import block_output
-from daco.claims import claim, release
+from daco.claims import claim, no_copy, release
 from daco.errors import NothingToSteerError
 from daco.methods.method import Method, Placed, check_on_empty
 from daco.sites import find_trunk, site
@@ -46,6 +46,7 @@ class Wrapped:
     def remove(self) -> None:
         """Give the blocks their own `forward` back. Doing it twice is harmless."""
         for block, before in self._before.items():
+            vars(block).pop("__deepcopy__", None)
             if before is None:
                 del block.forward
             else:  # accelerate's, for one
@@ -58,6 +59,7 @@ class Wrapped:
         forward = _steered(block.forward, layer, methods)
         self._before[block] = vars(block).get("forward")
         block.forward = forward
+        vars(block)["__deepcopy__"] = no_copy
 
 
 def wrap(

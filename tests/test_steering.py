@@ -1,5 +1,6 @@
 """Steering moves the right positions by the right delta, says what it did, and leaves nothing behind."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -28,6 +29,7 @@ from daco.methods import MOP, ActAdd, SAESteering, SafetyPrompt
 from daco.report import FiredAtom, LayerReport, Report
 from daco.sites import ModelFacts, image_token_ids
 from daco.steering import attach, steer
+from daco.wrapping import wrap
 
 KINDS = ("llava", "qwen2_5_vl", "internvl")
 pytestmark = pytest.mark.filterwarnings("ignore:base model not confirmed")
@@ -417,6 +419,21 @@ def test_a_model_is_steered_by_one_run_at_a_time(llava: Case) -> None:
     other = Case("llava")
     with steer(llava.model, method), steer(other.model, method):
         assert torch.equal(other.logits(), llava.logits())
+
+
+@pytest.mark.parametrize("way", [attach, wrap])
+def test_a_steered_model_is_not_copied(way: Any, llava: Case) -> None:
+    before = llava.logits()
+    handle = way(llava.model, SAESteering(llava.sae()))
+    moved = llava.logits()
+    with pytest.raises(SteeringConflictError, match=r"not steered, got one to copy .* remove\(\)"):
+        copy.deepcopy(llava.model)
+    assert torch.equal(llava.logits(), moved)
+    handle.remove()
+    copied = copy.deepcopy(llava.model)
+    handle = way(llava.model, SAESteering(llava.sae()))
+    assert torch.equal(copied(**llava.inputs).logits, before)
+    handle.remove()
 
 
 def test_another_thread_gets_an_error_in_a_with_block_and_steering_when_attached(llava: Case) -> None:
