@@ -1,4 +1,4 @@
-"""Some columns of a TopK code as one Triton kernel, for a GPU; `daco.sae.top_k_at` has it in torch.
+"""Some columns of a TopK code as one Triton kernel, for a GPU; `daco.top_k` has it in torch.
 
 Reads and writes nothing. Triton comes with torch's CUDA builds; without it this module cannot be imported and
 torch does the work. One program holds a row, finds bit by bit what the k-th largest of it is, and looks up
@@ -27,8 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _key(x):
-    """Integers in the order of the floats, which are not negative."""
-    return tl.maximum(x, 0.0).to(tl.float32).to(tl.int32, bitcast=True)
+    """Integers in the order of float32, where what is negative is zero; NaN is the largest, as in torch."""
+    return tl.where(x == x, tl.maximum(x, 0.0).to(tl.int32, bitcast=True), 0x7FFFFFFF)
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _top_k_at(pre, at, out, m, n_at, k, WIDTH: tl.constexpr, BITS: tl.constexpr,
         found = tl.load(pre + row * m + wanted, mask=inside, other=0.0).to(tl.float32)
         own = _key(found)
         kept = (own > bar) | ((own == bar) & (wanted <= last))
-        tl.store(out + row * n_at + place, tl.where(kept, tl.maximum(found, 0.0), 0.0), mask=inside)
+        tl.store(out + row * n_at + place, tl.where(kept & (found > 0.0), found, 0.0), mask=inside)
 
 
 def tried() -> None:
@@ -65,7 +65,7 @@ def tried() -> None:
 
 
 def top_k_at(pre: Tensor, k: int, at: Tensor) -> Tensor:
-    """The columns `at` of `daco.sae.top_k(pre, k)`; nothing waits for the GPU.
+    """The columns `at` of `daco.top_k.top_k(pre, k)`; nothing waits for the GPU.
 
     Args:
         pre: `[n, m]` of DTYPES, m <= WIDEST.
@@ -76,7 +76,7 @@ def top_k_at(pre: Tensor, k: int, at: Tensor) -> Tensor:
         `[n, w]`, in the dtype of pre.
     """
     n, m = pre.shape
-    pre = pre.contiguous()
+    pre, at = pre.contiguous(), at.contiguous()
     out = pre.new_empty(n, len(at))
     width = triton.next_power_of_2(m)
     with torch.cuda.device_of(pre):  # Triton starts kernels on the current device, which need not be pre's

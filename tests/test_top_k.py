@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from triton_process import with_triton
 
 from daco.top_k import _as_operator, top_k, top_k_at
@@ -42,6 +43,15 @@ def test_the_operator_tells_a_compiler_what_it_gives():
     torch.library.opcheck(_as_operator, (pre, 9, at))
     found = torch.compile(lambda x: _as_operator(x, 9, at) * 2, fullgraph=True, backend="eager")(pre)
     assert torch.equal(found, 2 * top_k(pre, 9)[:, at])
+
+
+def test_one_compilation_serves_every_number_of_rows_and_columns():
+    compiled = CompileCounter()
+    columns = torch.compile(_as_operator, fullgraph=True, backend=compiled, dynamic=True)
+    for n in (2, 5, 9):
+        pre, at = drawn(300, n), torch.arange(0, 300, 10 * n)
+        assert torch.equal(columns(pre, 9, at), top_k(pre, 9)[:, at])
+    assert compiled.frame_count == 1
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
