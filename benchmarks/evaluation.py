@@ -97,6 +97,9 @@ def _say_words(model: Any, tokenizer: Any) -> None:
     head.zero_()[words] = kept
 
 
+N_ATOMS = 15_000, 1_000
+"""A layer's atoms, and how many of them are labelled."""
+
 SHAPES: dict[str, Callable[[], tuple[Any, Any]]] = {"toy": toy, "tiny": tiny, "7b": shape_7b}
 
 
@@ -183,12 +186,12 @@ def rows(
 
 
 def saes_for(model: Any) -> tuple[SteeringSAE, ConceptDictionary, float]:
-    """SAEs of five layers in the middle with 15,000 random atoms, 1,000 labelled; directions; MOP's alpha."""
+    """SAEs of five layers in the middle, of random atoms; directions; MOP's alpha."""
     trunk = find_trunk(model)
     middle = trunk.n_layers // 2
     layers = tuple(sorted({max(0, min(trunk.n_layers - 1, middle + i)) for i in (-2, -1, 0, 1, 2)}))
     ids = torch.randint(5, 250, (4, 64), generator=torch.Generator().manual_seed(0)).to(model.device)
-    return build_saes(model, Shape("", "", {}, layers), ids, 15_000, 1_000, 0)
+    return build_saes(model, Shape("", "", {}, layers), ids, *N_ATOMS, 0)
 
 
 def arms_for(model: Any, methods: Sequence[str]) -> list[Arm]:

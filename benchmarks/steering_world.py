@@ -112,7 +112,8 @@ def build_saes(
     first = saes[shape.layers[0]]
     concepts = pd.DataFrame(
         {"concept_id": [f"user:c{i}" for i in range(n_atoms)], "concept": [f"c{i}" for i in range(n_atoms)]}
-    ).assign(polarity=first.labels())
+    ).assign(**dict.fromkeys(("synset", "pos", "definition", "group", "polarity_source"), ""))
+    concepts = concepts.assign(rank=range(n_atoms), polarity=first.labels(), n_positive=1)
     rows = {n: layer.sae.W_dec.detach() for n, layer in saes.items()}
     dictionary = ConceptDictionary(concepts, rows, facts, {n: layer.R for n, layer in saes.items()})
     config = {
