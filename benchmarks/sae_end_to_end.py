@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sae_training import machine
+from builders.attention import windows_at_once
 from builders.recipe import SaeConfig
 from builders.sae_start import start_weights
 from builders.sae_training import Training
@@ -52,14 +53,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Sizes of Qwen/Qwen2.5-VL-7B-Instruct's config.json, and tiny ones; a picture's side, words beside it."""
 
 
-PIECES = "flash_in_pieces"
-"""Name of `in_pieces`; "flash" makes transformers hand over all windows at once."""
-
-
 def built(shape: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
     """The model, random, on its device."""
     ensure_torchvision()
-    from transformers import AttentionInterface, AutoModelForImageTextToText, Qwen2_5_VLConfig
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
     last = shape["text"]["vocab_size"] - 1
     ids = {"image_token_id": last, "video_token_id": last - 1, "vision_start_token_id": last - 2}
@@ -67,25 +64,8 @@ def built(shape: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-    AttentionInterface.register(PIECES, in_pieces)
-    model.model.visual.config._attn_implementation = PIECES
+    windows_at_once(model)
     return model
-
-
-def in_pieces(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, max_length_q: int, **others: Any
-) -> tuple[Tensor, None]:
-    """Attention of the vision tower within its windows, all in one call.
-
-    transformers makes one call a window where its flash attention is not installed: thousands a forward, so
-    that what the SAEs add would look small. All pictures here are of one size, hence all windows.
-    """
-    heads, n, width = q.shape[1:]
-    if (n_pieces := len(others["cu_seq_lens_q"]) - 1) * max_length_q != n:
-        raise ValueError(f"expected windows of one size, got {n} patches in {n_pieces}")
-    q, k, v = (x[0].unflatten(1, (n_pieces, max_length_q)).transpose(0, 1) for x in (q, k, v))
-    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=others["scaling"])
-    return found.transpose(1, 2).reshape(1, n, heads, width), None
 
 
 def pictures(model: Any, n: int, side: int, words: int, seed: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from builders.attention import windows_at_once
 from builders.vision import ensure_torchvision
 from daco.errors import ArtefactNotFoundError
 from daco.prompts import plain_text
@@ -44,6 +45,7 @@ def load_mllm(id_or_folder: str, revision: str | None = None, dtype: str = "floa
             f"expected an image-text-to-text model at {id_or_folder!r}, got {error}; "
             "check model.id and model.revision"
         ) from error
+    windows_at_once(model)
     return model.eval(), processor
 
 

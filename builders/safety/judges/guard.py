@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from jinja2.exceptions import TemplateError
 
-from builders.attention import without_plans
+from builders.attention import windows_at_once, without_plans
 from builders.safety.items import Item
 from builders.safety.judges.cache import JudgeCache, key_of
 from builders.safety.judges.words import digest_of, empty_verdict, judges_figure, kept, unreadable
@@ -220,6 +220,7 @@ class Guard:
             raise ArtefactNotFoundError(
                 f"{self.name}: expected the weights of a guard model, got {error}"
             ) from error
+        windows_at_once(model)
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
