@@ -143,11 +143,13 @@ def local_model(id_or_folder: str, revision: str = "", dtype: str = "bfloat16") 
     """A multimodal model of transformers that answers prompts, greedily."""
     import torch
 
+    from builders.attention import without_plans
     from builders.mllm import chat_inputs, load_mllm
 
     model, processor = load_mllm(id_or_folder, revision or None, dtype)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
+    @without_plans()
     def ask(prompt: str, max_tokens: int) -> str:
         inputs = chat_inputs(processor, [prompt]).to(model.device)
         with torch.inference_mode():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from builders.activations import Stimulus, linked_stimuli, open_mllm
+from builders.attention import without_plans
 from builders.corpus import open_image
 from builders.directions import load_dictionary, with_readings
 from builders.mllm import chat_inputs
@@ -50,6 +51,7 @@ class Forward(NamedTuple):
 
 
 @torch.no_grad()
+@without_plans()
 def forward(model: Any, inputs: Any, layers: Sequence[int]) -> Forward:
     """Forward a batch as it stands, steered or not.
 
