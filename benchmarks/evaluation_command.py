@@ -72,6 +72,11 @@ def write_suite(folder: Path, n: int) -> str:
     return f"figstep={path.parents[1]}"
 
 
+def names_of(suites: str) -> str:
+    """Specs without their places: `figstep:tiny=FOLDER` is `figstep:tiny`."""
+    return ",".join(spec.rpartition("=")[0] or spec for spec in suites.split(",")) or "made up"
+
+
 def told(arguments: Sequence[str]) -> str:
     """What the command prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -131,10 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line += ["--methods", given.methods, "--judges", given.judges, "--items", str(per_suite)]
         line += ["--batch", str(given.batch), "--max-answer", str(given.max_answer)]
         n, found = run(line, folder / "run", device)
-    work = f"builders evaluate, {given.shape} ({size}), {n // len(methods)} items, {given.methods}"
-    work += f", batch {given.batch}, {given.max_answer} tokens"
-    names = ("who", "value", "unit", "ratio")
-    write([{"work": work} | dict(zip(names, row, strict=True)) for row in found], given.results)
+    work = f"builders evaluate, {given.shape} ({size}), {n // len(methods)} items of {names_of(given.suites)}"
+    work += f", {given.methods}, batch {given.batch}, {given.max_answer} tokens"
+    keys = ("who", "value", "unit", "ratio")
+    write([{"work": work} | dict(zip(keys, row, strict=True)) for row in found], given.results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ def test_it_measures_a_tiny_model_under_methods_of_saes_and_of_directions(tmp_pa
     bench.main([*sizes, "--methods", "none,daco,mop", "--results", str(results)])
     table = json.loads(results.read_text())
     assert [row["unit"] for row in table] == ["s", "s", "items x methods / s", "MiB"]
-    assert all("3 items, none,daco,mop" in row["work"] and row["value"] > 0 for row in table)
+    assert all("3 items of made up, none,daco,mop" in row["work"] and row["value"] > 0 for row in table)
+
+
+def test_suites_are_named_without_their_places():
+    specs = "figstep:tiny=a/b,mm-safetybench:variant=TYPO=c,mmmu"
+    assert bench.names_of(specs) == "figstep:tiny,mm-safetybench:variant=TYPO,mmmu"
 
 
 def test_a_folder_with_files_in_it_is_refused_before_a_model_is_made(tmp_path, capsys):
