@@ -29,7 +29,7 @@ from builders.atoms import nearest
 from builders.forward import read_batch
 from builders.mllm import load_mllm
 from builders.names import fired
-from builders.recognition import HELD, Counts, Said, Shown, calibrate, class_sums, recognised
+from builders.recognition import HELD, Counts, Said, Shown, calibrate, class_sums, recognised, tally
 from builders.statistics import precision_recall
 from builders.tiny import tiny_mllm
 from builders.toyworld import scenes
@@ -166,8 +166,7 @@ def measured(found: World, seed: int, held_share: float = 0.2) -> dict[tuple[int
         }
         for who, name in ways.items():
             given = name(found.readings[torch.from_numpy(held), position])
-            counts = torch.stack([(given & true).sum(1), given.sum(1), true.sum(1)], 1).numpy()
-            figures = precision_recall(counts)
+            figures = precision_recall(tally(given, true))
             values |= {(layer, who, what): figures.get(what, 0.0) for what in ("precision", "recall")}
         values[layer, "chance", "precision"] = float(true.double().mean())
     return values

@@ -22,7 +22,7 @@ from builders.mllm import chat_inputs
 from builders.names import names_figures
 from builders.splice import Spliced, answered, recovered, splice
 from builders.stages import Work
-from builders.statistics import interval, rate
+from builders.statistics import by_cluster, ratio, share
 from builders.steering import load_steering, release_setting
 from builders.tokens import held_ids
 from builders.train_sae import load_sae
@@ -97,13 +97,20 @@ def each(plain: Forward, steered: Forward) -> dict[str, list[float]]:
     return {"kl": (p.exp() * (p - q)).sum(-1).tolist(), "next_token_changed": changed.double().tolist()}
 
 
-def intervals(batches: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """95 % intervals of the means of `each`, over all batches: by figure, low and high."""
-    kl, changed = (
-        np.array([[x for batch in batches for x in batch[name]]]) for name in ("kl", "next_token_changed")
-    )
-    found = {"kl": interval(kl), "next_token_changed": rate(changed)}
-    return {f"{name}_interval": [told.low, told.high] for name, told in found.items()}
+def intervals(batches: Sequence[Mapping[str, Sequence[float]]], pictures: Sequence[str]) -> dict[str, Any]:
+    """95 % intervals of the means of `each` over pictures, whose captions stay together.
+
+    Args:
+        batches: `each` of all batches.
+        pictures: Picture of every stimulus, in their order.
+
+    Returns:
+        `n_pictures`, and by figure, `_interval` behind its name, low and high.
+    """
+    columns = [[x for batch in batches for x in batch[name]] for name in ("kl", "next_token_changed")]
+    kl, changed, n = by_cluster(np.stack([*columns, np.ones(len(columns[0]))], 1), pictures).T
+    found = {"kl": ratio(kl, n), "next_token_changed": share(changed, n)}
+    return {"n_pictures": len(n)} | {f"{name}_interval": [x.low, x.high] for name, x in found.items()}
 
 
 def averaged(sums: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -209,7 +216,7 @@ def run(work: Work) -> None:
         "sae": _sae_figures(work.upstream("sae"), dictionary.layers, work.shards()),
         "names": names_figures(work, dictionary),
         "retrieval": retrieval(work.upstream("stimuli") / "links.parquet"),
-        "steering": _steering_figures(work.shards()),
+        "steering": _steering_figures(work.shards(), [stimulus.picture for stimulus in stimuli]),
     }
     write_atomic(work.folder / "evaluation.json", canonical_json(evaluation))
     work.drop_shards()
@@ -256,14 +263,14 @@ def _sae_figures(folder: Path, layers: Sequence[int], shards: Sequence[Path]) ->
     return found
 
 
-def _steering_figures(shards: Sequence[Path]) -> dict[str, Any]:
-    """Figures of every method over all batches."""
+def _steering_figures(shards: Sequence[Path], pictures: Sequence[str]) -> dict[str, Any]:
+    """Figures of every method over all batches, whose stimuli have these pictures."""
     batches = [json.loads((shard / "figures.json").read_text("utf-8")) for shard in shards]
     found = {}
     for name in batches[0]:
         figures = averaged(batch[name]["sums"] for batch in batches)
         check_finite(figures, name)
-        figures |= intervals([batch[name]["each"] for batch in batches])
+        figures |= intervals([batch[name]["each"] for batch in batches], pictures)
         counts = sum((Counter(batch[name]["fired"]) for batch in batches), Counter[str]())
         most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:N_TOP]
         found[name] = {"method": batches[0][name]["method"], **figures, "n_fired": len(counts)}

@@ -4,6 +4,7 @@ Reads `activations/` (readings), `sae/`, `atoms/` and `corpus/` (captions); writ
 `recognition` measures what is recognised, likewise; the release has both side by side.
 """
 
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from builders.directions import with_readings
 from builders.recognition import HELD, Readings, Said, Shown, corpus_columns, tally
 from builders.stages import Work
-from builders.statistics import precision_recall
+from builders.statistics import by_cluster, precision_recall
 from builders.tokens import held_out, read_facts, read_ids, read_sides
 from builders.train_sae import load_sae
 from daco.dictionary import ConceptDictionary
@@ -44,19 +45,21 @@ def names_figures(work: Work, dictionary: ConceptDictionary) -> dict[str, dict[s
         dictionary: The run's.
 
     Returns:
-        By layer: `n_stimuli`; `chance`, the share of all concepts that a caption names; `atoms_precision` and
-        `atoms_recall` of the concepts nearest to the atoms that fire, each with its `_interval`. Empty
-        without held-out stimuli.
+        By layer: `n_stimuli` and `n_pictures`; `chance`, the share of all concepts that a caption names;
+        `atoms_precision` and `atoms_recall` of the concepts nearest to the atoms that fire, each with its
+        `_interval` over pictures. Empty without held-out stimuli.
     """
     source, n_concepts, found = work.upstream("activations"), len(dictionary), {}
     shards = with_readings(sorted((source / "shards").iterdir()))
     ids, holdout = read_ids(shards), work.recipe.sae.holdout
-    part = np.array([HELD if held_out(side, holdout) else 0 for side in read_sides(shards)])
+    sides = read_sides(shards)
+    part = np.array([HELD if held_out(side, holdout) else 0 for side in sides])
+    pictures = list(compress(sides, part == HELD))
+    if not pictures:
+        return {}
     said = Said(dictionary.concepts["concept"].tolist())
     (captions,) = corpus_columns(work.upstream("corpus"), ids, "caption")
     shown = Shown.of([said.of(caption) for caption in captions])
-    if not (part == HELD).any():
-        return {}
     for position, layer in enumerate(read_facts(source)["layers"]):
         readings = Readings(shards, position, part)
         sae, names = _atoms(work, dictionary, layer)
@@ -65,9 +68,9 @@ def names_figures(work: Work, dictionary: ConceptDictionary) -> dict[str, dict[s
             for rows, z in readings.of(HELD)
         ]
         counts = np.concatenate(counted)
-        chance = float(counts[:, 2].sum() / len(counts) / n_concepts)
-        figures = {f"atoms_{name}": value for name, value in precision_recall(counts).items()}
-        found[str(layer)] = {"n_stimuli": len(counts), "chance": chance} | figures
+        chance, sums = float(counts[:, 2].sum() / len(counts) / n_concepts), by_cluster(counts, pictures)
+        figures = {f"atoms_{name}": value for name, value in precision_recall(sums).items()}
+        found[str(layer)] = {"n_stimuli": len(counts), "n_pictures": len(sums), "chance": chance} | figures
     return found
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from builders.directions import with_readings
 from builders.stages import Work, writing
-from builders.statistics import precision_recall
+from builders.statistics import by_cluster, precision_recall
 from builders.tokens import held_out, read_facts, read_ids, read_sides
 from daco.dictionary_files import recogniser_of, recognition_table
 from daco.errors import ActivationError, IntegrityError
@@ -416,21 +417,27 @@ def tally(given: Tensor, true: Tensor) -> np.ndarray:
     return torch.stack([(given & true).sum(1), given.sum(1), true.sum(1)], 1).numpy()
 
 
-def held_out_figures(readings: Readings, said: Shown, one: Recogniser) -> dict[str, Any]:
+def held_out_figures(
+    readings: Readings, said: Shown, one: Recogniser, sides: Sequence[str]
+) -> dict[str, Any]:
     """How often what is recognised of held-out stimuli is what their captions name.
 
     Args:
         readings: Of the layer.
         said: What each reading's caption names.
         one: What tells the concepts.
+        sides: Of the stimuli of all readings.
 
     Returns:
-        `recognised_precision` and `recognised_recall`, each with its `_interval`; empty without held-out
-        stimuli.
+        `recognised_precision` and `recognised_recall`, each with its `_interval` over pictures; empty without
+        held-out stimuli.
     """
     n = len(one.vectors)
     counted = [tally(recognised(one, z), said.matrix(rows, n)) for rows, z in readings.of(HELD)]
-    found = precision_recall(np.concatenate(counted)) if counted else {}
+    if not counted:
+        return {}
+    pictures = list(compress(sides, readings.part == HELD))
+    found = precision_recall(by_cluster(np.concatenate(counted), pictures))
     return {f"recognised_{name}": value for name, value in found.items()}
 
 
@@ -507,7 +514,8 @@ def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int])
     shards = with_readings(sorted((work.upstream("activations") / "shards").iterdir()))
     ids = read_ids(shards)
     (captions,) = corpus_columns(work.upstream("corpus"), ids, "caption")
-    part = parts_of(read_sides(shards), work.recipe.sae.holdout, config.folds)
+    sides = read_sides(shards)
+    part = parts_of(sides, work.recipe.sae.holdout, config.folds)
     said, shown = _said_and_shown(work, concepts, ids, captions)
     for position, layer in enumerate(work.progress(layers, unit="layer")):
         if work.has(shard_name(layer)):
@@ -516,7 +524,7 @@ def _calibrate_layers(work: Work, concepts: pd.DataFrame, layers: Sequence[int])
         found = calibrate(
             readings, shown, len(concepts), folds=config.folds, min_precision=config.min_precision
         )
-        figures = held_out_figures(readings, said, found.recogniser)
+        figures = held_out_figures(readings, said, found.recogniser, sides)
         with work.shard(shard_name(layer)) as folder, writing(f"what tells the concepts of layer {layer}"):
             _write(folder, concepts, found)
             write_atomic(folder / "figures.json", canonical_json(figures))

@@ -75,7 +75,7 @@ EVALUATION_NOTES = {
     "atoms_precision": "share of the concepts nearest to atoms that fire (last token) that captions say",
     "atoms_recall": "share of what captions say that those are: atoms tell sides apart, hardly what is shown",
     "recognised_precision": "share of the concepts that the dictionary recognises that captions say",
-    "recognised_recall": "share of what captions say that it recognises",
+    "recognised_recall": "share of what captions say that it recognises (95 % intervals over pictures)",
     "fve": "variance explained on held-out tokens (95 % intervals over pictures)",
     "fve_at_start": "the same before training",
     "l0": "atoms active per token",
@@ -87,7 +87,7 @@ EVALUATION_NOTES = {
     "changed": "share of positions steered",
     "relative_change": "size of the change over size of the activation, after the last layer",
     "kl": "KL divergence of the next token from the unsteered model, in nats",
-    "next_token_changed": "share of prompts with another most likely next token; in brackets 95 % intervals",
+    "next_token_changed": "share of prompts with another likeliest next token (95 % intervals over pictures)",
     "n_fired": "undesirable atoms or concepts that fired",
 }
 """What the figures of an evaluation are."""

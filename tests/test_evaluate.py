@@ -75,7 +75,8 @@ def test_intervals_are_of_the_figures_of_each_stimulus():
     for each, batch in zip(batches, sums, strict=True):
         assert sum(each["kl"]) == pytest.approx(batch["kl"])
         assert sum(each["next_token_changed"]) == batch["next_token_changed"]
-    found = stage.intervals(batches)
+    found = stage.intervals(batches, [f"{i}" for i in range(40)])
+    assert found["n_pictures"] == 40
     kl = np.array([x for each in batches for x in each["kl"]])
     low, high = found["kl_interval"]
     half = 1.96 * kl.std(ddof=1) / np.sqrt(len(kl))
@@ -84,6 +85,30 @@ def test_intervals_are_of_the_figures_of_each_stimulus():
         pytest.approx(kl.mean() + half, abs=half / 4),
     )
     assert found["next_token_changed_interval"] == pytest.approx([0.912, 1.0], abs=1e-3)  # 40 of 40, Wilson
+
+
+def test_captions_of_one_picture_are_drawn_together():
+    batches = [stage.each(forwards(i), forwards(i + 50)) for i in range(20)]
+    pictures = [f"{i}" for i in range(40)]
+    one, twice = stage.intervals(batches, pictures), stage.intervals(batches * 2, pictures * 2)
+    assert twice["n_pictures"] == one["n_pictures"] == 40
+    for name in ("kl_interval", "next_token_changed_interval"):  # said twice it is no more certain
+        assert twice[name] == pytest.approx(one[name])
+
+
+def test_intervals_are_over_the_pictures_of_the_corpus(upstream):
+    path = upstream / "corpus" / "stimuli.parquet"
+    table = pd.read_parquet(path)
+    table["image_sha256"] = [f"{i // 3:064x}" for i in range(len(table))]
+    table.to_parquet(path)
+    pictures = dict(zip(table.stimulus_id, table.image_sha256, strict=True))
+    held = [s.stimulus_id for s in linked(upstream) if held_out(s.stimulus_id, 0.4)][:7]
+    found = run(upstream)["steering"]
+    n = len({pictures[i] for i in held})
+    assert n < 7
+    assert {row["n_pictures"] for row in found.values()} == {n}
+    wilson = [0.0, 1.959964**2 / (n + 1.959964**2)]
+    assert found["none"]["next_token_changed_interval"] == pytest.approx(wilson)
 
 
 def test_figures_that_are_not_finite_are_refused():

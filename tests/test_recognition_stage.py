@@ -537,6 +537,50 @@ def test_figures_of_names_equal_naive_ones(upstream):
         assert row["recognised_precision"] > 2 * row["atoms_precision"]
 
 
+def test_intervals_of_names_are_over_pictures(upstream):
+    """Every held-out stimulus is there three times, and is said to have one picture, or three."""
+    sections = {"sae": {"holdout": 0.3, "n_atoms": 17, "k": 3}, "recognition": {"folds": 4}}
+    held = [i for i in all_readings(upstream)[1] if held_out(i, 0.3)]
+    held = held[: len(held) // 3 * 3]
+    first = dict(zip(held, held[: len(held) // 3] * 3, strict=True))
+    copy_stimuli(upstream, first)
+    write_saes(upstream, torch.Generator().manual_seed(4))
+    found = {}
+    for n_pictures, sides in ((len(held), {}), (len(held) // 3, first)):
+        for shard in (upstream / "activations" / "shards").iterdir():
+            ids = json.loads((shard / "ids.json").read_text())
+            write_ids(shard, ids, [sides.get(i, i) for i in ids])
+        stage.run(opened(small_recipe(**sections), upstream, "recognition"))
+        dictionary = load_dictionary(upstream / "polarity", upstream / "directions")
+        work = opened(small_recipe(**sections), upstream, "evaluate")
+        rows = names.names_figures(work, dictionary)
+        assert {row["n_pictures"] - n_pictures for row in rows.values()} <= {0, 1, 2}
+        recognised = stage.load_figures(upstream / "recognition")
+        found[bool(sides)] = {layer: row | recognised[layer] for layer, row in rows.items()}
+        for name in ("recognition", "evaluate"):
+            shutil.rmtree(upstream / name)
+    for layer, narrow in found[False].items():
+        for name in ("atoms_precision", "atoms_recall", "recognised_precision", "recognised_recall"):
+            wide = found[True][layer]
+            assert wide[name] == pytest.approx(narrow[name])
+            (a, b), (c, d) = (row[f"{name}_interval"] for row in (wide, narrow))
+            assert 1.4 < (b - a) / (d - c) < 2.1  # the square root of three is 1.7
+
+
+def copy_stimuli(out: Path, of: dict[str, str]) -> None:
+    """Give stimuli the readings and captions of others."""
+    z, ids, _ = all_readings(out)
+    place = {i: n for n, i in enumerate(ids)}
+    for shard in (out / "activations" / "shards").iterdir():
+        rows = [place[of.get(i, i)] for i in json.loads((shard / "ids.json").read_text())]
+        save_file({"readings": torch.from_numpy(z[rows])}, shard / "readings.safetensors")
+    path = out / "corpus" / "stimuli.parquet"
+    table = pd.read_parquet(path)
+    captions = table.set_index("stimulus_id").caption
+    table["caption"] = [captions[of.get(i, i)] for i in table.stimulus_id]
+    table.to_parquet(path)
+
+
 def write_saes(out: Path, draw: torch.Generator) -> None:
     """SAEs as the stage leaves them, of random atoms, with names."""
     from builders.atoms import atoms_table

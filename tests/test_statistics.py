@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from builders.statistics import interval, paired, rate, share
+from builders.statistics import by_cluster, interval, paired, rate, share
 
 
 def test_a_rate_is_inside_its_interval_which_narrows_with_items() -> None:
@@ -224,6 +224,35 @@ def test_a_share_is_of_sums_and_its_interval_holds_the_truth() -> None:
     assert held >= 182  # 95 % of 200 is 190, two standard deviations 6
     assert 0.05 < found.high - found.low < 0.12
     assert found == share(part, whole, seed)
+
+
+def test_an_interval_over_clusters_holds_the_truth_where_one_over_items_does_not() -> None:
+    """Five captions a picture, of which some pictures are told and others are not."""
+    draw, held = np.random.default_rng(6), {"items": 0, "clusters": 0}
+    clusters = [f"{i % 60}" for i in range(300)]
+    for seed in range(200):
+        truth = np.clip(draw.normal(0.4, 0.2, size=60), 0, 1)
+        whole = draw.poisson(5, size=300)
+        part = draw.binomial(whole, np.tile(truth, 5))
+        sums = by_cluster(np.stack([part, whole], 1), clusters)
+        assert sums.shape == (60, 2)
+        for name, found in (("items", share(part, whole, seed)), ("clusters", share(*sums.T, seed))):
+            assert found.mean == pytest.approx(part.sum() / whole.sum())
+            held[name] += found.low <= 0.4 <= found.high
+    assert held["clusters"] >= 182
+    assert held["items"] < 160
+
+
+def test_what_is_said_twice_is_no_more_certain() -> None:
+    draw = np.random.default_rng(7)
+    whole, names = draw.poisson(5, size=80), [f"{i}" for i in range(80)]
+    for part in (draw.binomial(whole, 0.4), whole):
+        both = np.stack([part, whole], 1)
+        once, twice = by_cluster(both, names), by_cluster(np.tile(both, (2, 1)), names * 2)
+        assert once.tolist() == both.tolist()
+        assert share(*twice.T) == pytest.approx(share(part, whole))
+    with pytest.raises(ValueError, match="clusters: expected one an item, 80, got 79"):
+        by_cluster(both, names[1:])
 
 
 def test_a_share_of_nothing_is_none_and_of_other_items_an_error() -> None:
