@@ -22,7 +22,7 @@ from torch import Tensor
 
 from builders.answers import read_answers
 from builders.corpus import open_image
-from builders.forward import Read, read_batch
+from builders.forward import Prepared, Read, prepared, read_prepared
 from builders.mllm import load_mllm
 from builders.prefetch import prefetched
 from builders.prompts import Prompt, check_prompts, read_prompts
@@ -179,7 +179,7 @@ def _read(model: Any, processor: Any, config: ActivationsConfig, job: Job) -> Sh
 def read_stimuli_shard(
     model: Any, processor: Any, config: ActivationsConfig, stimuli: Sequence[Stimulus]
 ) -> Shard:
-    """Forward stimuli, `activations.batch` at a time, the next images being opened meanwhile.
+    """Forward stimuli, `activations.batch` at a time, the next inputs being made meanwhile.
 
     A plain function, to run anywhere.
 
@@ -188,15 +188,24 @@ def read_stimuli_shard(
     """
     shard = Shard([], [], Counter())
     batches = (stimuli[start : start + config.batch] for start in range(0, len(stimuli), config.batch))
-    for usable, skipped in prefetched(lambda batch: _open_images(batch, config.reading), batches):
+    for ids, batch, skipped in prefetched(lambda b: _prepared(model, processor, config, b), batches):
         shard.counts.update(skipped)
-        if not usable:
-            continue
-        batch, images = zip(*usable, strict=True)
-        captions = [s.caption for s in batch]
-        shard.reads.append(read_batch(model, processor, captions, images, config.layers, config.reading))
-        shard.ids.extend(s.stimulus_id for s in batch)
+        if batch is not None:
+            shard.reads.append(read_prepared(model, processor, batch, config.layers))
+            shard.ids.extend(ids)
     return shard
+
+
+def _prepared(
+    model: Any, processor: Any, config: ActivationsConfig, stimuli: Sequence[Stimulus]
+) -> tuple[list[str], Prepared | None, Counter[str]]:
+    """Ids of those that can be read, the batch of them, if any, and why the others cannot."""
+    usable, skipped = _open_images(stimuli, config.reading)
+    if not usable:
+        return [], None, skipped
+    captions, images = [s.caption for s, _ in usable], [image for _, image in usable]
+    batch = prepared(model, processor, captions, images, config.reading)
+    return [s.stimulus_id for s, _ in usable], batch, skipped
 
 
 def read_prompt_shard(
@@ -296,6 +305,7 @@ def _tokens(
         [kind for batch in read.reads for kind in batch.modality],
         wanted=config.modalities,
         before=before,
+        norms=[norms for batch in read.reads for norms in batch.norms],
     )
 
 

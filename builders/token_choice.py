@@ -20,6 +20,11 @@ _LOWEST, _HIGHEST = -16, 32
 """Powers of two between which norms are told apart."""
 
 
+def norms_of(z: Tensor) -> Tensor:
+    """Lengths of activations [..., d_model], float32 at least: short floats are widened as they are read."""
+    return torch.linalg.vector_norm(z, dim=-1, dtype=torch.promote_types(z.dtype, torch.float32))
+
+
 def norm_counts(norms: Tensor) -> Tensor:
     """How often norms [t, n_layers] occur, [n_layers, bins] int32; counts of shards may be added up."""
     bins = (_HIGHEST - _LOWEST) * _STEPS
@@ -46,6 +51,7 @@ def keep_tokens(
     *,
     wanted: Sequence[str] = MODALITIES,
     before: Tensor | None = None,
+    norms: Sequence[Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Counter[str]]:
     """Choose the tokens that a shard keeps.
 
@@ -58,6 +64,7 @@ def keep_tokens(
         modality: One a stimulus: [tokens] uint8, numbers in `MODALITIES`.
         wanted: Kinds of tokens that are kept, where `modality` tells them apart.
         before: Sum of `norm_counts` of the shards before this one; None: the median is this shard's own.
+        norms: Of the tokens, one a stimulus, [tokens, n_layers] float32; None: they are found here.
 
     Returns:
         `tokens` [t, n_layers, d_model] in the order of stimuli, `norms` [t, n_layers] float32, `n_tokens`
@@ -65,7 +72,7 @@ def keep_tokens(
         out, by reason.
     """
     chosen = _of_kind(tokens, modality, wanted)
-    norms = [z.float().norm(dim=-1) for z in tokens]
+    norms = norms or [norms_of(z) for z in tokens]
     counts = norm_counts(torch.cat([n[rows] for n, rows in zip(norms, chosen, strict=True)]))
     limit = max_norm * median_of(counts if before is None else counts + before)
     inside = [rows[(n[rows] <= limit).all(-1)] for n, rows in zip(norms, chosen, strict=True)]

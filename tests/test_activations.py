@@ -1,7 +1,10 @@
 """Proves readings and tokens against plain, unbatched forwards, and that masks and kills lose nothing."""
 
+import contextlib
+import copy
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -128,6 +131,39 @@ def test_nan_activations_are_refused(tiny):
     finally:
         with torch.no_grad():
             weight.copy_(before)
+
+
+def test_what_is_only_too_large_to_be_squared_is_not_refused(tiny, monkeypatch):
+    model, processor = tiny
+    batch = forward.prepared(model, processor, CAPTIONS, pictures(3))
+    z = {layer: torch.full((*batch.kinds.shape, 4), 1e30, dtype=torch.bfloat16) for layer in LAYERS}
+    padded = batch.inputs["attention_mask"] == 0
+    z[LAYERS[0]][padded] = torch.nan
+    fake = SimpleNamespace(activations=z, run=lambda **inputs: None)
+    monkeypatch.setattr(forward, "capture", lambda *a, **k: contextlib.nullcontext(fake))
+    read = forward.read_prepared(model, processor, batch, LAYERS)
+    assert padded.any()
+    assert read.readings.isfinite().all()  # what is padding has no weight, not the weight 0
+    assert all(tokens.isfinite().all() for tokens in read.tokens)
+    assert all(norms.isinf().all() for norms in read.norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_norms_come_with_the_tokens(tiny, dtype):
+    model, processor = tiny
+    model = copy.deepcopy(model).to(dtype)
+    inputs = forward.prepared(model, processor, CAPTIONS, pictures(3))
+    inputs.inputs["pixel_values"] = inputs.inputs["pixel_values"].to(dtype)
+    read = forward.read_prepared(model, processor, inputs, LAYERS)
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    for tokens, norms in zip(read.tokens, read.norms, strict=True):
+        assert norms.dtype == wanted
+        assert torch.equal(norms, tokens.to(wanted).norm(dim=-1))
+    given = keep_tokens(stimulus_ids(3), read.tokens, 1.5, modality=read.modality, norms=read.norms)
+    found = keep_tokens(stimulus_ids(3), read.tokens, 1.5, modality=read.modality)
+    assert given[1] == found[1]
+    for name, kept in found[0].items():
+        assert torch.equal(given[0][name], kept), name
 
 
 def stimulus_tokens(n: int = 7, seed: int = 2) -> list[torch.Tensor]:

@@ -290,7 +290,7 @@ def of_tiny(model: object, layers: tuple[int, ...] = (0, 2)) -> ConceptDictionar
 @pytest.mark.filterwarnings("ignore:base model not confirmed")
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "internvl"])
 def test_stimuli_are_read_as_the_workshop_reads_them(kind: str, request: pytest.FixtureRequest) -> None:
-    from builders.activations import read_batch
+    from builders.forward import read_batch
 
     model, processor = request.getfixturevalue(f"tiny_{kind}")
     captions = [*CAPTIONS, "a <image> that <|im_end|> is text"]
