@@ -32,7 +32,7 @@ class Stage:
     name: str
     module: str
     sections: tuple[str, ...]
-    """Names of sections, or of one field: `sae.holdout`."""
+    """Names of sections, or of single fields: `sae.holdout`."""
     upstream: tuple[str, ...]
     """Names of stages, or of one column of a stage's `concepts.parquet`: `polarity.concept`."""
 
@@ -63,7 +63,7 @@ STAGES = (
     Stage(
         "directions",
         "directions",
-        ("activations", "sae"),
+        ("sae.holdout",),
         ("stimuli", *_of("polarity", "concept_id"), "activations"),
     ),
     Stage(
@@ -77,7 +77,7 @@ STAGES = (
     Stage(
         "tune",
         "tune",
-        ("model", "atoms", "tune", "evaluate"),
+        ("model", "atoms.eta", "tune", "evaluate.gamma", "evaluate.scope"),
         ("polarity", "activations", "directions", "sae", "atoms"),
     ),
     Stage(
@@ -192,11 +192,11 @@ def _run_stage(stage: Stage, recipe: Recipe, out: Path) -> bool:
 
 def _sections(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """The sections a stage depends on; a local file or folder counts by what is in it, not by its place."""
-    facts = {}
+    facts: dict[str, dict[str, Any]] = {}
     for name in ("run", *stage.sections):
         section, _, field = name.partition(".")
         values = dataclasses.asdict(getattr(recipe, section))
-        facts[section] = {field: values[field]} if field else values
+        facts.setdefault(section, {}).update({field: values[field]} if field else values)
     for section, field in LOCAL_FIELDS:
         if facts.get(section, {}).get(field):
             facts[section][field] = _digest(Path(facts[section][field]))
