@@ -215,7 +215,7 @@ def measure(
                     generate(model, ids, arguments.tokens, compiled)
                 else:
                     caches[name] = prefilled(model, ids)
-                    decode(model, ids, caches[name], 1)
+                    decode(model, ids, caches[name], arguments.tokens)  # cuDNN plans anew for every length
                 print(f"{name} is warm after {time.perf_counter() - start:.1f} s", flush=True)
         except (SteeringConflictError, torch._dynamo.exc.TorchDynamoException) as error:
             print(f"{name} refuses: {error}", flush=True)
