@@ -123,13 +123,13 @@ def run(work: Work) -> None:
     config = work.recipe.activations
     stimuli = linked_stimuli(work.upstream("corpus"), work.upstream("stimuli") / "links.parquet")
     jobs, n_in, skipped = jobs_of("stimuli", stimuli, config.shard_rows), len(stimuli), Counter[str]()
-    pictures = {stimulus.stimulus_id: stimulus.picture for stimulus in stimuli}
+    asked: list[Prompt] = []
     for source in table_sources(config):
         prompts, unusable = read_prompts(Path(config.path), source)
         jobs += jobs_of(source, prompts, config.shard_rows)
         n_in, skipped = n_in + len(prompts) + unusable.total(), skipped + unusable
-        pictures |= pictures_of(prompts)
-    sides = sides_of(pictures)
+        asked += prompts
+    sides = sides_of({s.stimulus_id: s.picture for s in stimuli} | pictures_of(asked))
     if work.recipe.model.tiny:
         _save_tiny(work)
     model, processor = open_mllm(work.recipe.model, work.folder)

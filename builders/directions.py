@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builders.stages import Work
-from builders.tokens import median_norms, read_facts
+from builders.tokens import median_norms, read_facts, read_ids
 from daco.dictionary import ConceptDictionary
 from daco.errors import ActivationError
 from daco.manifest import canonical_json, write_atomic
@@ -136,8 +136,9 @@ def run(work: Work) -> None:
     links = read_table(work.upstream("stimuli") / "links.parquet", LINKS)
     frame = links.select(["concept_id", "stimulus_id", "role"]).to_pandas()
     read = with_readings(shards)
-    ids = [i for shard in read for i in json.loads((shard / "ids.json").read_text("utf-8"))]
-    found = contrast(concepts, frame, ids, work.progress(readings(read), total=len(read), unit="shard"))
+    found = contrast(
+        concepts, frame, read_ids(read), work.progress(readings(read), total=len(read), unit="shard")
+    )
     layers = facts["layers"]
     tensors = {f"layer_{layer}": found.directions[i].clone() for i, layer in enumerate(layers)}
     partial = work.folder / ".directions.partial"

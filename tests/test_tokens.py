@@ -118,7 +118,7 @@ def test_a_side_goes_by_the_least_id_of_a_picture_and_else_by_its_own():
     assert sides_of(dict(reversed(pictures.items()))) == sides_of(pictures)
 
 
-def test_prompts_are_on_the_side_of_their_picture_also_where_a_caption_has_it(tmp_path):
+def test_prompts_are_on_the_side_of_their_picture_also_where_a_caption_has_it(tmp_path, monkeypatch):
     out, folder = written(tmp_path / "run"), tmp_path / "table"
     folder.mkdir()
     row = pq.read_table(out / "corpus" / "stimuli.parquet").to_pylist()[0]
@@ -133,7 +133,10 @@ def test_prompts_are_on_the_side_of_their_picture_also_where_a_caption_has_it(tm
     ]
     path = folder / "table.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read: list[str] = []
+    monkeypatch.setattr(stage, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
     shards = run(out, path=str(path), sources=["stimuli", "answers", "generated"])
+    assert sorted(read) == ["copy.png", "own.png", "shared.png"]  # each once
     sides = dict(zip(read_ids(shards), read_sides(shards), strict=True))
     prompts = [p for source in ("answers", "generated") for p in stage.read_prompts(path, source)[0]]
     by_picture = {

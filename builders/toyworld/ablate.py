@@ -13,6 +13,7 @@ import pandas as pd
 
 from builders.directions import contrast, readings
 from builders.statistics import rate
+from builders.tokens import read_ids
 from builders.toyworld.arms import Parts, Setting, describe
 from builders.toyworld.bench import Bench, figure, suites_of
 from builders.toyworld.truth import truth_dictionary
@@ -69,7 +70,7 @@ def rows(bench: Bench, chosen: Setting) -> list[Row]:
 def fewer_positives(bench: Bench, n: int) -> Parts:
     """Directions of the `n` nearest positives and the first `n` negatives, with SAEs started from them."""
     links = pd.read_parquet(bench.out / "stimuli" / "links.parquet")
-    ids = [i for shard in bench.shards for i in json.loads((shard / "ids.json").read_text("utf-8"))]
+    ids = read_ids(bench.shards)
     concepts = list(bench.dictionary.concepts["concept_id"])
     found = contrast(concepts, links[links["rank"] < n], ids, readings(bench.shards))
     vectors = {layer: found.directions[i] for i, layer in enumerate(bench.dictionary.layers)}

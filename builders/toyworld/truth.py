@@ -1,13 +1,13 @@
 """What retrieval found, held against what the toy world's pictures really show; reads a run folder."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from builders.directions import contrast, readings
+from builders.tokens import read_ids
 from builders.toyworld import scenes
 from daco.dictionary import ConceptDictionary
 
@@ -29,8 +29,9 @@ def truth_links(out: Path) -> pd.DataFrame:
 def truth_dictionary(out: Path, dictionary: ConceptDictionary) -> ConceptDictionary:
     """The dictionary with directions from what pictures really show instead of what was retrieved."""
     shards = sorted((out / "activations" / "shards").iterdir())
-    ids = [i for shard in shards for i in json.loads((shard / "ids.json").read_text("utf-8"))]
-    found = contrast(list(dictionary.concepts["concept_id"]), truth_links(out), ids, readings(shards))
+    found = contrast(
+        list(dictionary.concepts["concept_id"]), truth_links(out), read_ids(shards), readings(shards)
+    )
     vectors = {layer: found.directions[i] for i, layer in enumerate(dictionary.layers)}
     return dataclasses.replace(dictionary, vectors=vectors)
 
