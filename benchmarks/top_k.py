@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sae_training import machine
-from daco import top_k_kernels
-from daco.top_k import top_k
+from daco.top_k import kernels_for, top_k, top_k_at
 
 RESULTS = Path(__file__).parent / "results" / "top_k.json"
 K, CHOSEN, CALLS = 64, 500, 20
@@ -46,7 +45,7 @@ def rows(n: int, m: int) -> list[dict[str, Any]]:
     pre = torch.randn(n, m, device="cuda")
     at = torch.arange(0, m, m // CHOSEN, device="cuda")[:CHOSEN]
     spent = {
-        "DACO": microseconds(lambda: top_k_kernels.top_k_at(pre, K, at)),
+        "DACO": microseconds(lambda: top_k_at(pre, K, at)),
         "torch": microseconds(lambda: top_k(pre, K).index_select(-1, at)),
     }
     work = {"work": f"{CHOSEN} of {m:,} columns, TopK of {K}, {n:,} tokens", "unit": "us"}
@@ -62,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
+    if kernels_for(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")) is None:
+        parser.error("expected a GPU with Triton, got none that works; run it on a machine with one")
     table = [row for m in (15_000, 32_768, 65_536) for n in (1, 16, 1_024) for row in rows(n, m)]
     for row in table:
         row["machine"] = machine(torch.get_num_threads())

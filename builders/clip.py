@@ -74,15 +74,22 @@ class Clip:
     processor: Any
     """Its processor: images and texts to tensors."""
 
+    def pixels(self, images: Sequence[Image.Image]) -> Any:
+        """What the model takes of RGB images, on the CPU; several threads may call it at once."""
+        return self.processor(images=list(images), return_tensors="pt")
+
     @torch.no_grad()
+    def embed_pixels(self, pixels: Any) -> Tensor:
+        """Unit embeddings [n, d] in float32, on the CPU, of what `pixels` gives."""
+        return _unit(self.model.get_image_features(**pixels.to(self.model.device)))
+
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit embeddings [n, d] in float32 of RGB images."""
-        inputs = self.processor(images=list(images), return_tensors="pt")
-        return _unit(self.model.get_image_features(**inputs))
+        """Unit embeddings [n, d] in float32, on the CPU, of RGB images."""
+        return self.embed_pixels(self.pixels(images))
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings [n, d] in float32; padding is always full: a text's row depends on it alone."""
+        """Unit embeddings [n, d] in float32, on the CPU; padding is full: a row depends on its text alone."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(
             list(texts),
@@ -93,16 +100,17 @@ class Clip:
             return_tensors="pt",
         )
         allowed = ("input_ids", "attention_mask")
-        return _unit(self.model.get_text_features(**{k: v for k, v in tokens.items() if k in allowed}))
+        given = {k: v.to(self.model.device) for k, v in tokens.items() if k in allowed}
+        return _unit(self.model.get_text_features(**given))
 
 
 def _unit(features: Any) -> Tensor:
     pooled = features if isinstance(features, Tensor) else features.pooler_output
-    return functional.normalize(pooled.float(), dim=-1)
+    return functional.normalize(pooled.float(), dim=-1).cpu()
 
 
 def load_clip(name: str | Path, revision: str = "") -> Clip:
-    """Load a CLIP or SigLIP by Hub id or folder.
+    """Load a CLIP or SigLIP by Hub id or folder, onto the GPU if there is one.
 
     Raises:
         ArtefactNotFoundError: there is no such model, or it cannot be read.
@@ -119,7 +127,7 @@ def load_clip(name: str | Path, revision: str = "") -> Clip:
         raise UnsupportedModelError(
             f"{name}: expected a CLIP or SigLIP, got {type(model).__name__}; choose another"
         )
-    return Clip(model, processor)
+    return Clip(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
 
 
 def clip_of(work: Work) -> Clip:

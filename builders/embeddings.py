@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from builders.clip import Clip, clip_of
 from builders.corpus import clean_caption, image_file, open_image
+from builders.prefetch import prefetched
 from builders.recipe import Recipe
 from builders.stages import Work, summed_counts
 from daco.errors import ActivationError, CorpusError, FormatError, IntegrityError
@@ -33,6 +35,9 @@ Half = NDArray[np.float16]
 
 CHUNK = 65_536
 """Rows of a clip-retrieval part read at once; its parts have a million."""
+
+AHEAD = 4
+"""Batches of images that are opened and scaled at once, each by a thread, while the CLIP is at work."""
 
 _PART = re.compile(r"_(\d+)$")
 
@@ -105,18 +110,26 @@ def embed_pairs(
         of the others could not be read.
     """
     images: list[Any] = []
-    readable = np.zeros(len(files), dtype=bool)
     texts: list[Any] = []
-    for start in range(0, len(files), batch):
-        decoded = [_try_open(file) for file in files[start : start + batch]]
-        readable[start : start + batch] = [image is not None for image in decoded]
-        if kept := [image for image in decoded if image is not None]:
-            pairs = zip(decoded, captions[start : start + batch], strict=True)
-            images.append(clip.embed_images(kept).numpy())
-            texts.append(clip.embed_texts([caption for image, caption in pairs if image is not None]).numpy())
+    readable: list[bool] = []
+    starts = range(0, len(files), batch)
+    parts = prefetched(lambda start: _read(clip, files[start : start + batch]), starts, AHEAD)
+    for start, (there, pixels) in zip(starts, parts, strict=True):
+        readable += there
+        if pixels is not None:
+            images.append(clip.embed_pixels(pixels).numpy())
+            texts.append(clip.embed_texts(list(compress(captions[start : start + batch], there))).numpy())
+    mask = np.array(readable, dtype=bool)
     if not images:
-        return np.empty((0, 0), np.float16), np.empty((0, 0), np.float16), readable
-    return unit_half(np.concatenate(images)), unit_half(np.concatenate(texts)), readable
+        return np.empty((0, 0), np.float16), np.empty((0, 0), np.float16), mask
+    return unit_half(np.concatenate(images)), unit_half(np.concatenate(texts)), mask
+
+
+def _read(clip: Clip, files: Sequence[Path]) -> tuple[list[bool], Any]:
+    """Which images can be read, and those as the model takes them; None: not one."""
+    images = [_try_open(file) for file in files]
+    kept = [image for image in images if image is not None]
+    return [image is not None for image in images], clip.pixels(kept) if kept else None
 
 
 def _try_open(file: Path) -> Any:
