@@ -11,7 +11,7 @@ trainers=(--saelens "${SAELENS_PYTHON:-}" --sparsify "${SPARSIFY_PYTHON:-}")
 run() { echo "== $*"; OPENBLAS_NUM_THREADS=1 "$python" -W ignore -m "$@"; }
 
 tests() {
-  run pytest -q tests/test_{sae_kernels,retrieval,retrieval_kernels,solver_kernels,sparse_coding,top_k,replays,steering_gpu}.py \
+  run pytest -q tests/test_{sae_kernels,retrieval,retrieval_kernels,solver_kernels,sparse_coding,top_k,atoms,replays,steering_gpu}.py \
     -k "gpu or cuda or kernel"
 }
 top_k() { run benchmarks.top_k; }

@@ -197,32 +197,34 @@ def firing_rates(sae: SAE, blocks: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def firing_of(sae: SAE, tokens: TokenShards, n_top: int, block: int = BLOCK) -> Firing:
-    """When each atom fires: rates overall and by modality, and the stimuli that fire it most.
+    """When each atom fires: rates overall and by modality, and the stimuli that fire it most; on the CPU.
 
     Args:
-        sae: For raw activations.
-        tokens: Held-out tokens.
+        sae: For raw activations; the work is done where it is.
+        tokens: Held-out tokens, on the CPU.
         n_top: Stimuli kept for each atom; ties to the earlier one.
         block: Tokens at a time.
 
     Raises:
         ActivationError: there are no tokens.
     """
-    fired = torch.zeros(1 + len(MODALITIES), sae.n_atoms, dtype=torch.int64)
-    values, stimuli = torch.zeros(sae.n_atoms, n_top), torch.full((sae.n_atoms, n_top), -1)
+    device = sae.W_dec.device
+    fired = torch.zeros(1 + len(MODALITIES), sae.n_atoms, dtype=torch.int64, device=device)
+    values = torch.zeros(sae.n_atoms, n_top, device=device)
+    stimuli = torch.full((sae.n_atoms, n_top), -1, device=device)
     modality, seen = tokens.modality, 0
     for codes, numbers in _whole_stimuli(sae, tokens, block):
         on = codes > 0
-        kinds = (
-            [on]
-            if modality is None
-            else [on, *(on[modality[seen : seen + len(on)] == kind] for kind in range(len(MODALITIES)))]
-        )
+        kinds = [on]
+        if modality is not None:
+            here = modality[seen : seen + len(on)].to(device)
+            kinds += [on[here == kind] for kind in range(len(MODALITIES))]
         fired[: len(kinds)] += torch.stack([kind.sum(0) for kind in kinds])
         values, stimuli = _top(values, stimuli, codes, numbers, n_top)
         seen += len(on)
     if not seen:
         raise ActivationError("expected held-out tokens, got none; raise sae.holdout or add stimuli")
+    fired, values, stimuli = fired.cpu(), values.cpu(), stimuli.cpu()
     of = torch.zeros(len(MODALITIES)) if modality is None else torch.bincount(modality.long(), minlength=4)
     by_modality = {
         name: fired[1 + kind].double() / int(of[kind]) if of[kind] else None
@@ -238,8 +240,9 @@ def _whole_stimuli(sae: SAE, tokens: TokenShards, block: int) -> Iterator[tuple[
     for number, end in enumerate(ends):
         if end - start >= block or end == ends[-1]:
             lengths = torch.tensor(ends[first : number + 1]).diff(prepend=torch.tensor([start]))
-            rows = tokens.rows(torch.arange(start, end).numpy())
-            yield sae.encode(rows), torch.arange(first, number + 1).repeat_interleave(lengths)
+            rows = tokens.rows(torch.arange(start, end).numpy()).to(sae.W_dec.device)
+            numbers = torch.arange(first, number + 1).repeat_interleave(lengths)
+            yield sae.encode(rows), numbers.to(rows.device)
             first, start = number + 1, end
 
 
@@ -248,7 +251,7 @@ def _top(
 ) -> tuple[Tensor, Tensor]:
     """The best so far [n_atoms, n_top], with whole new stimuli among them."""
     own, inverse = numbers.unique(return_inverse=True)
-    largest = torch.zeros(len(own), codes.shape[1])
+    largest = torch.zeros(len(own), codes.shape[1], device=codes.device)
     largest.scatter_reduce_(0, inverse[:, None].expand_as(codes), codes, "amax")
     both = torch.cat([values, largest.T], 1)
     which = torch.cat([stimuli, own.expand(len(values), -1)], 1)
@@ -289,7 +292,8 @@ def _layer(work: Work, dictionary: ConceptDictionary, layer: int, held_out: Toke
         return read_table(path, SCHEMA)
     config = work.recipe.atoms
     sae = load_sae(work.upstream("sae") / f"layers.{layer}")
-    firing = firing_of(sae, held_out, config.n_top)
+    firing = firing_of(sae.to("cuda" if torch.cuda.is_available() else "cpu"), held_out, config.n_top)
+    sae = sae.cpu()
     table = atoms_table(
         sae.W_dec,
         dictionary,

@@ -116,15 +116,19 @@ class Stimuli(Rows):
         self.ends = np.cumsum(lengths)
 
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
 @pytest.mark.parametrize("block", [1, 4, 100])
-def test_firing_by_modality_and_top_stimuli_equal_the_naive_ones(block):
+def test_firing_by_modality_and_top_stimuli_equal_the_naive_ones(block, device):
     draw = torch.Generator().manual_seed(6)
     W, z = torch.randn(37, D_MODEL, generator=draw), torch.randn(29, D_MODEL, generator=draw)
     sae = SAE(W.T.contiguous(), torch.zeros(37), W, torch.zeros(D_MODEL), "topk", 3).requires_grad_(False)
     lengths = [5, 1, 9, 2, 12]
     kinds = torch.tensor([0, 1, 2] * 9 + [0, 0], dtype=torch.uint8)
-    found = stage.firing_of(sae, Stimuli(z, lengths, kinds), n_top=2, block=block)
     codes = sae.encode(z)
+    found = stage.firing_of(sae.to(device), Stimuli(z, lengths, kinds), n_top=2, block=block)
     torch.testing.assert_close(found.rate, (codes > 0).double().mean(0))
     for number, name in enumerate(MODALITIES[:3]):
         torch.testing.assert_close(found.by_modality[name], (codes[kinds == number] > 0).double().mean(0))
