@@ -194,7 +194,7 @@ def _wilson(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `n` items."""
     spread = Z * math.sqrt(max(0.0, share * (1 - share)) / n + Z**2 / (4 * n**2))
     centre, scale = share + Z**2 / (2 * n), 1 + Z**2 / n
-    return (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)  # but for rounding
 
 
 def _members(outcomes: np.ndarray, groups: Sequence[str]) -> list[np.ndarray]:
