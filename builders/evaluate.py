@@ -24,7 +24,7 @@ from builders.splice import Spliced, answered, recovered, splice
 from builders.stages import Work
 from builders.statistics import by_cluster, ratio, share
 from builders.steering import load_steering, release_setting
-from builders.tokens import held_ids
+from builders.tokens import check_sides, held_ids
 from builders.train_sae import load_sae
 from daco.capture import capture
 from daco.dictionary import ConceptDictionary
@@ -197,6 +197,11 @@ def fired(report: Report) -> dict[str, int]:
         for layer in report.layers
         for atom in layer.atoms
     }
+
+
+def check_upstream(work: Work) -> None:
+    """Raise FormatError where the activations are an earlier version's, before its results are discarded."""
+    check_sides((work.upstream("activations") / "shards").iterdir())
 
 
 def run(work: Work) -> None:

@@ -486,6 +486,11 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
+def check_upstream(work: Work) -> None:
+    """Raise IntegrityError where recognition is an earlier version's, before a release is discarded."""
+    load_figures(work.upstream("recognition"))
+
+
 def run(work: Work) -> None:
     """The stage: a complete release is left alone, a half-written one is written anew."""
     dataset, model = work.folder / "dataset", work.folder / "model"

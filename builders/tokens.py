@@ -10,7 +10,7 @@ its captions have the same image tokens: an SAE that learnt from one of them has
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import compress, pairwise
 from pathlib import Path
@@ -64,17 +64,18 @@ def read_ids(shards: Sequence[Path]) -> list[str]:
     return [i for shard in shards for i in json.loads((shard / "ids.json").read_text("utf-8"))]
 
 
-def read_sides(shards: Sequence[Path]) -> list[str]:
-    """What decides the side of each of them, in the same order.
-
-    Raises:
-        FormatError: a shard does not say.
-    """
+def check_sides(shards: Iterable[Path]) -> None:
+    """Raise FormatError where a shard does not say what decides the sides."""
     for shard in shards:
         if not (shard / SIDES).is_file():
             raise FormatError(
                 f"{shard}: expected {SIDES}, got none: an earlier version wrote it; run the activations again"
             )
+
+
+def read_sides(shards: Sequence[Path]) -> list[str]:
+    """What decides the side of each of them, in the same order; see `check_sides`."""
+    check_sides(shards)
     return [side for shard in shards for side in json.loads((shard / SIDES).read_text("utf-8"))]
 
 

@@ -16,6 +16,7 @@ from builders import evaluate, recognition
 from builders.pipeline import STAGES, Stage, run
 from builders.recipe import Recipe, recipe_of
 from builders.stages import DONE, STAGE, Work
+from daco.errors import FormatError, IntegrityError
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "run": {"name": "changes", "seed": 5, "threads": 1},
@@ -169,6 +170,32 @@ def test_recognition_that_was_killed_goes_on_under_another_label(
 )
 def test_another_setting_starts_only_what_reads_it(out: Path, change: dict, anew: list) -> None:
     assert run(recipe(**change), out) == anew
+
+
+@pytest.mark.parametrize(
+    ("stage", "of", "file", "error"),
+    [
+        ("directions", "activations", "sides.json", FormatError),
+        ("recognition", "activations", "sides.json", FormatError),
+        ("sae", "activations", "sides.json", FormatError),
+        ("atoms", "activations", "sides.json", FormatError),
+        ("evaluate", "activations", "sides.json", FormatError),
+        ("release", "recognition", "figures.json", IntegrityError),
+    ],
+)
+def test_what_an_earlier_version_left_is_refused_before_anything_is_discarded(
+    out: Path, stage: str, of: str, file: str, error: type
+) -> None:
+    """With `--only`; without it, it is made anew."""
+    seal = json.loads((out / of / DONE).read_text())
+    for name in [name for name in seal["files"] if name.endswith(file)]:
+        del seal["files"][name]
+        (out / of / name).unlink()
+    (out / of / DONE).write_text(json.dumps(seal))
+    kept = on_disk(out / stage)
+    with pytest.raises(error, match="an earlier version"):
+        run(recipe(), out, only=stage)
+    assert on_disk(out / stage) == kept
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
