@@ -47,6 +47,9 @@ def _of(stage: str, *columns: str) -> tuple[str, ...]:
     return tuple(f"{stage}.{column}" for column in columns)
 
 
+LABELLED = ("concept_id", "concept", "polarity")
+"""Columns that steering reads: who labelled a concept, and why, starts nothing anew but the release."""
+
 STAGES = (
     Stage("corpus", "corpus", ("corpus",), ()),
     Stage("concepts", "vocabulary", ("concepts",), ("corpus",)),
@@ -73,19 +76,24 @@ STAGES = (
         ("corpus", "stimuli", *_of("polarity", "concept_id", "concept"), "activations"),  # nor must labels
     ),
     Stage("sae", "train_sae", ("activations", "sae"), ("activations", "directions")),
-    Stage("atoms", "atoms", ("sae", "atoms"), ("polarity", "activations", "directions", "sae")),
+    Stage(
+        "atoms",
+        "atoms",
+        ("sae.holdout", "atoms"),
+        (*_of("polarity", *LABELLED, "group"), "activations", "directions", "sae"),
+    ),
     Stage(
         "tune",
         "tune",
         ("model", "atoms.eta", "tune", "evaluate.gamma", "evaluate.scope"),
-        ("polarity", "activations", "directions", "sae", "atoms"),
+        (*_of("polarity", *LABELLED), "activations", "directions", "sae", "atoms"),
     ),
     Stage(
         "evaluate",
         "evaluate",
         ("model", "activations", "sae", "atoms", "evaluate"),
         (
-            *("corpus", "stimuli", *_of("polarity", "concept_id", "concept", "polarity")),
+            *("corpus", "stimuli", *_of("polarity", *LABELLED)),
             *("activations", "directions", "sae", "atoms", "tune"),
         ),
     ),

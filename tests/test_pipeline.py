@@ -100,6 +100,15 @@ def test_another_label_starts_only_what_reads_labels(
     assert released(out) == from_nothing(recipe(**change), tmp_path / "anew")
 
 
+def test_the_same_labels_from_elsewhere_start_nothing_anew_but_the_release(out: Path, tmp_path: Path) -> None:
+    path, (concept, polarity) = tmp_path / "labels.tsv", next(iter(polarities(out).items()))
+    path.write_text(f"concept\tpolarity\trationale\n{concept}\t{polarity}\tso says a list\n")
+    for other, label in polarities(out).items():
+        if label != "neutral":
+            path.open("a").write(f"{other}\t{label}\t\n")
+    assert run(recipe(polarity={"path": str(path)}), out) == ["polarity", "release"]
+
+
 def test_another_setting_of_recognition_starts_no_steering_anew(out: Path, tmp_path: Path) -> None:
     changed, before = recipe(recognition={"min_precision": 0.3}), names_of(out)
     kept = {name: on_disk(out / name) for name in ("atoms", "evaluate")}
