@@ -26,8 +26,8 @@ from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, write_atom
 
 T = TypeVar("T")
 
-LAYOUTS = {"activations": 2}
-"""Stages whose files were laid out otherwise before: what an earlier version left of them is made anew."""
+LAYOUTS = {"activations": 2, "evaluate": 2, "recognition": 2}
+"""Stages whose files or figures were others before: what an earlier version left of them is made anew."""
 
 PARTIAL = ".partial-"
 DONE, STAGE, LOG = "done.json", "stage.json", "log.jsonl"
