@@ -199,6 +199,16 @@ def fired(report: Report) -> dict[str, int]:
     }
 
 
+def by_turns(stimuli: Sequence[Stimulus]) -> list[Stimulus]:
+    """Every picture once before any comes again, else as they stand: few of them are as many pictures."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for stimulus in stimuli:
+        turns.append((seen[stimulus.picture], stimulus))
+        seen[stimulus.picture] += 1
+    return [stimulus for _, stimulus in sorted(turns, key=lambda turn: turn[0])]
+
+
 def check_upstream(work: Work) -> None:
     """Raise FormatError where the activations are an earlier version's, before its results are discarded."""
     check_sides((work.upstream("activations") / "shards").iterdir())
@@ -212,7 +222,7 @@ def run(work: Work) -> None:
     )
     linked = linked_stimuli(work.upstream("corpus"), work.upstream("stimuli") / "links.parquet")
     held = [stimulus for stimulus in linked if stimulus.stimulus_id in apart]
-    stimuli = held[: work.recipe.evaluate.items]
+    stimuli = by_turns(held)[: work.recipe.evaluate.items]
     if not stimuli:
         raise ActivationError("expected held-out stimuli, got none; raise sae.holdout or evaluate.items")
     _measure_batches(work, dictionary, stimuli)

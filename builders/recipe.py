@@ -363,7 +363,7 @@ class EvaluateConfig:
     """Measuring what was built."""
 
     items: int = 64
-    """Held-out stimuli steered, at most."""
+    """Held-out stimuli steered, at most: each picture with one caption before any with a second."""
     batch: int = 16
     """Stimuli a forward."""
     splice_items: int = 64

@@ -102,13 +102,31 @@ def test_intervals_are_over_the_pictures_of_the_corpus(upstream):
     table["image_sha256"] = [f"{i // 3:064x}" for i in range(len(table))]
     table.to_parquet(path)
     pictures = dict(zip(table.stimulus_id, table.image_sha256, strict=True))
-    held = [s.stimulus_id for s in linked(upstream) if held_out(s.stimulus_id, 0.4)][:7]
-    found = run(upstream)["steering"]
+    held = [s.stimulus_id for s in linked(upstream) if held_out(s.stimulus_id, 0.4)]
+    found = run(upstream, items=99)["steering"]
     n = len({pictures[i] for i in held})
-    assert n < 7
+    assert n < len(held)
+    assert {row["n_stimuli"] for row in found.values()} == {len(held)}
     assert {row["n_pictures"] for row in found.values()} == {n}
     wilson = [0.0, 1.959964**2 / (n + 1.959964**2)]
     assert found["none"]["next_token_changed_interval"] == pytest.approx(wilson)
+
+
+def test_every_picture_is_steered_once_before_any_is_again(upstream):
+    path = upstream / "corpus" / "stimuli.parquet"
+    table = pd.read_parquet(path)
+    table["image_sha256"] = [f"{i // 3:064x}" for i in range(len(table))]
+    table.to_parquet(path)
+    held = [s for s in linked(upstream) if held_out(s.stimulus_id, 0.4)]
+    n = len({s.picture for s in held})
+    assert len({s.picture for s in held[:n]}) < n
+    found = run(upstream, items=n)["steering"]["none"]
+    assert (found["n_stimuli"], found["n_pictures"]) == (n, n)
+    turns = stage.by_turns(held)
+    assert sorted(turns) == sorted(held)
+    first = [s for i, s in enumerate(held) if s.picture not in {t.picture for t in held[:i]}]
+    assert turns[:n] == first
+    assert stage.by_turns(turns[:n]) == turns[:n]
 
 
 def test_figures_that_are_not_finite_are_refused():
