@@ -16,7 +16,8 @@ from builders.mllm import chat_inputs, load_mllm
 
 dataset_repo, sae_repo, tag, base_model, text, image = sys.argv[1:]
 
-for config in get_dataset_config_names(dataset_repo, revision=tag):
+configs = get_dataset_config_names(dataset_repo, revision=tag)
+for config in configs:
     for split, rows in load_dataset(dataset_repo, config, revision=tag).items():
         streamed = load_dataset(dataset_repo, config, split=split, revision=tag, streaming=True)
         equal = all(a == b for a, b in zip(rows, streamed, strict=True))
@@ -25,7 +26,8 @@ for config in get_dataset_config_names(dataset_repo, revision=tag):
 concepts = load_dataset(dataset_repo, "concepts", split="train", revision=tag)
 print(f"the first concept: {concepts[0]['concept']!r}, {concepts[0]['polarity']}")
 
-dictionary = daco.ConceptDictionary.from_pretrained(dataset_repo, revision=tag)
+named = any(config.startswith("recognition_") for config in configs)
+dictionary = daco.ConceptDictionary.from_pretrained(dataset_repo, revision=tag, recognition=named)
 print(f"directions at layers {dictionary.layers}, width {dictionary.model.hidden_size}")
 
 sae = daco.SteeringSAE.from_pretrained(sae_repo, revision=tag)
@@ -33,6 +35,17 @@ gamma = sae.defaults["gamma"] or 0.1  # so that something moves even where no at
 repo, _, revision = (base_model, "", "") if Path(base_model).is_dir() else base_model.partition("@")
 model, processor = load_mllm(repo, revision)
 inputs = chat_inputs(processor, [text], [Image.open(image)])
+
+if named:
+    stimuli = load_dataset(dataset_repo, "stimuli", split="train", revision=tag, streaming=True)
+    stimulus = {"caption": text, "image": Image.open(image)} | next(
+        iter(stimuli)
+    )  # without, if all are links
+    readings = dictionary.read(model, processor, [stimulus["caption"]], [stimulus["image"]])
+    layer = dictionary.layers[len(dictionary.layers) // 2]
+    shown = dictionary.recognise({layer: readings[layer]}, n=5)
+    names = ", ".join(map(repr, shown["concept"])) or "nothing"
+    print(f"of a picture of {stimulus['caption']!r} layer {layer} shows: {names}")
 
 
 def answer() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def assert_came_back(printed: str, splits: int) -> None:
     assert printed.count("streaming equal row by row: True") == splits
     assert "streaming equal row by row: False" not in printed
     assert "exactly as before afterwards: True" in printed
+    assert re.search(r"^of a picture of .+ layer \d shows: ('.+'|nothing)$", printed, re.MULTILINE)
     moved = float(printed.split("moved by up to ")[1].split()[0])
     assert moved > 0
 
