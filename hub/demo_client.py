@@ -38,9 +38,8 @@ inputs = chat_inputs(processor, [text], [Image.open(image)])
 
 if named:
     stimuli = load_dataset(dataset_repo, "stimuli", split="train", revision=tag, streaming=True)
-    stimulus = {"caption": text, "image": Image.open(image)} | next(
-        iter(stimuli)
-    )  # without, if all are links
+    # a data set that only links its pictures has none to show
+    stimulus = {"caption": text, "image": Image.open(image)} | next(iter(stimuli))
     readings = dictionary.read(model, processor, [stimulus["caption"]], [stimulus["image"]])
     layer = dictionary.layers[len(dictionary.layers) // 2]
     shown = dictionary.recognise({layer: readings[layer]}, n=5)
