@@ -142,8 +142,9 @@ def _download(repo: str, name: str, **options: Any) -> Path:
     except EntryNotFoundError as error:
         raise ArtefactNotFoundError(f"{where} has no {name}: it is no DACO {kind} release") from error
     except HFValidationError as error:
+        hint = "; the revision goes apart (revision=, --revision)" if "@" in repo else ""
         raise ArtefactNotFoundError(
-            f"expected an existing folder or a repo id `org/name`, got {repo!r}"
+            f"expected an existing folder or a repo id `org/name`, got {repo!r}{hint}"
         ) from error
     except (HTTPError, OSError) as error:
         raise HubUnavailableError(

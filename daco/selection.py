@@ -162,7 +162,7 @@ def _unknown(
     known = {str(text) for named in columns.values() for k in kinds for v in named[k] for text in v if text}
     near = difflib.get_close_matches(name, sorted(known), n=3)
     message = f"no atom of layers {sorted(layers)} is named {name!r}; nearest: {near or 'none'}"
-    if kinds != ["concept"] and not any(named["group"] for named in columns.values()):
+    if kinds != ["concept"] and not any(any(v) for named in columns.values() for v in named["group"]):
         message += "; this release has no groups"
     others = [
         f"{atom} (layer {layer})"

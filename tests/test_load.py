@@ -190,6 +190,8 @@ def test_what_is_not_there_or_of_another_kind_is_refused(dataset_release: Path, 
         daco.SteeringSAE.from_pretrained(dataset_release, revision="v9.9.9")
     with pytest.raises(ArtefactNotFoundError, match="expected an existing folder or a repo id"):
         daco.SteeringSAE.from_pretrained(tmp_path / "no" / "where" / "at all")
+    with pytest.raises(ArtefactNotFoundError, match=r"got 'org/sae@v1.0.0'; the revision goes apart"):
+        daco.SteeringSAE.from_pretrained("org/sae@v1.0.0")
     (tmp_path / "empty").mkdir()
     with pytest.raises(IntegrityError, match="the release is incomplete"):
         daco.SteeringSAE.from_pretrained(tmp_path / "empty")

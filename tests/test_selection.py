@@ -158,6 +158,8 @@ def test_a_release_without_groups_says_so():
     with pytest.raises(UnknownConceptError, match="this release has no groups"):
         SAESteering(sae, remove="noun.b")
     assert strengths(sae, remove="c3")[1] == C3
+    with pytest.raises(UnknownConceptError, match="this release has no groups"):
+        SAESteering(with_atoms(SAE, group=""), remove="group:noun.b")
 
 
 def test_a_choice_that_leaves_nothing_is_an_error():
