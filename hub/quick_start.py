@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from cards.facts import CARD, repo_id
+from cards.facts import CARD, is_hub_id, repo_id
 from cards.render import python_blocks
 from daco.errors import QuickStartError
 from daco.manifest import read_manifest, write_manifest
@@ -66,6 +66,13 @@ def record(folder: Path, others: Sequence[Path] = (), base: Path | None = None) 
     stage(folder)
     if not (blocks := code_blocks((folder / CARD).read_text("utf-8"))):
         raise QuickStartError(f"{folder}: expected a quick start in {CARD}, got none; set release.org")
+    if read_manifest(folder)["kind"] == "model" and not is_hub_id(
+        read_config(folder / "config.json")["base_model"]["id"]
+    ):
+        raise QuickStartError(
+            f"{folder}: expected a base model that the quick start can load, got none on a Hub; readers "
+            "bring their own: publish without trying, or set model.id or model.published in the recipe"
+        )
     with tempfile.TemporaryDirectory() as name, background(Path(name) / "hub") as url:
         if base is not None:
             send_base(folder, base, url)

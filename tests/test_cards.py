@@ -651,10 +651,13 @@ def test_facts_of_another_form_are_named(tmp_path: Path, facts: dict[str, Any]) 
         stage(folder)
 
 
-def test_a_quick_start_that_fails_is_named(tmp_path: Path) -> None:
+def test_a_quick_start_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_dataset_release(tmp_path / "bare", recipe={})
     with pytest.raises(QuickStartError, match=r"expected a quick start in README\.md, got none"):
         record(folder)
+    monkeypatch.setattr(release_fixture, "BASE", BASE | {"id": ""})
+    with pytest.raises(QuickStartError, match="expected a base model that the quick start can load"):
+        record(write_model_release(tmp_path / "model"))
     with (
         running(tmp_path) as hub,
         pytest.raises(QuickStartError, match=r"as printed fails: .*ZeroDivisionError"),
