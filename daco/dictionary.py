@@ -401,7 +401,8 @@ class ConceptDictionary:
 
         Example:
             >>> readings = dictionary.read(model, processor, captions, images)  # doctest: +SKIP
-            >>> larger = dictionary.extend("crossbow", readings, polarity="undesirable")  # doctest: +SKIP
+            >>> others = dictionary.read(model, processor, captions_without, images_without)  # doctest: +SKIP
+            >>> larger = dictionary.extend("bow", readings, others, polarity="undesirable")  # doctest: +SKIP
             >>> with daco.steer(model, daco.Projection(larger)): ...  # doctest: +SKIP
         """
         facts = {"polarity": polarity, "polarity_source": "user", "definition": definition, "group": group}
