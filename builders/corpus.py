@@ -457,6 +457,12 @@ def _join(work: Work, config: CorpusConfig, store: Path) -> None:
     n_in = skipped.pop("in", 0)
     table, duplicates = drop_duplicates(table)
     skipped.update(duplicates)
+    if n_same := duplicates["duplicate_id"]:
+        warnings.warn(
+            f"{n_same} of {n_in} rows have a key that an earlier row has and are left out; where a picture "
+            "has several captions, name a column that tells rows apart as corpus.key_column",
+            stacklevel=3,
+        )
     if not table.num_rows:
         work.drop_shards()  # so that the next run looks again
         raise CorpusError(

@@ -151,6 +151,7 @@ def opinions_of(
     config, annotator = work.recipe.polarity, annotator_of(work.recipe)
     cache = work.out / "cache" / "polarity"
     labels, contradictions = read_labels(Path(config.path)) if config.path else ({}, 0)
+    warn_of_unknown(labels, concepts)
     opinions: list[Mapping[str, Label]] = [by_list(concepts, labels), by_owner(concepts)]
     facts = {"contradictions_in_list": contradictions}
     if annotator == "list" and not config.path:
@@ -163,6 +164,17 @@ def opinions_of(
     if annotator != "list" or work.recipe.concepts.source == "wordnet":
         opinions.append(annotate(concepts, replace(config, annotator="wordnet"), cache))
     return opinions, facts
+
+
+def warn_of_unknown(labels: Mapping[str, Label], concepts: Iterable[Mapping[str, Any]]) -> None:
+    """Warn when labels of the recipe's list name no concept of the run: a slip would go unseen."""
+    known = {name for c in concepts for name in (c["concept_id"], slug(c["concept"]))}
+    if unknown := [name for name in labels if name not in known]:
+        warnings.warn(
+            f"polarity.path: {len(unknown)} of {len(labels)} labels name no concept that has stimuli here, "
+            f"such as {', '.join(unknown[:5])}; they change nothing",
+            stacklevel=2,
+        )
 
 
 def warn_of_empty_sides(sides: Mapping[str, int]) -> None:

@@ -203,7 +203,8 @@ def test_images_of_dropped_pairs_do_not_stay(tmp_path: Path, monkeypatch: pytest
     image = corpus.png_bytes(Image.new("RGB", (5, 7)))
     pairs = [Pair(key, "same", lambda: image) for key in ("a", "b", "a")]
     monkeypatch.setattr(corpus, "read_pairs", lambda config, seed: iter(pairs))
-    rows, counts = run_corpus(tmp_path / "run", tmp_path, kind="toyworld", name="s")
+    with pytest.warns(UserWarning, match="1 of 3 rows have a key that an earlier row has"):
+        rows, counts = run_corpus(tmp_path / "run", tmp_path, kind="toyworld", name="s")
     assert counts["skipped"] == {"duplicate_id": 1, "duplicate_pair": 1}
     assert [p.name for p in (tmp_path / "run" / "corpus" / "images").iterdir()] == [
         Path(rows[0]["file"]).name

@@ -112,7 +112,8 @@ def test_the_stage_keeps_the_linked_concepts_with_their_counts(tmp_path: Path) -
         for i in range(n)
     ]
     finished(opened(recipe, tmp_path / "run", "stimuli"), "links.parquet", table_of(links, LINKS))
-    polarity.run(opened(recipe, tmp_path / "run", "polarity"))
+    with pytest.warns(UserWarning, match="labels name no concept that has stimuli here, such as "):
+        polarity.run(opened(recipe, tmp_path / "run", "polarity"))
     rows = read_table(tmp_path / "run" / "polarity" / "concepts.parquet", CONCEPTS).to_pylist()
     assert [(row["concept"], row["n_positive"]) for row in rows] == [("knife", 2), ("shield", 3)]
     assert done(tmp_path / "run", "polarity")["counts"] == {"in": 4, "out": 2, "skipped": {"no_stimuli": 2}}
