@@ -1,7 +1,8 @@
 """Directions of concepts: mean reading over positives minus mean reading over negatives, layer by layer.
 
 Reads `stimuli/links.parquet`, `polarity/concepts.parquet` and `activations/`; writes
-`directions/directions.safetensors` (raw, float32) and `facts.json` (model, layers, R, numbers of links).
+`directions/directions.safetensors` (raw, float32), `baseline.safetensors` (mean reading of negatives) and
+`facts.json` (model, layers, R, numbers of links).
 """
 
 import json
@@ -35,6 +36,8 @@ class Contrast(NamedTuple):
     """Positives read, a concept."""
     n_negative: list[int]
     """Negatives read, a concept."""
+    baseline: Tensor
+    """[n_layers, d_model] float32: mean reading of the negatives of all concepts, each link counting once."""
 
 
 def contrast(
@@ -55,17 +58,20 @@ def contrast(
     Source: arXiv 2604.08846, contrastive reading (DESIGN section 4.2).
     """
     concept, reading, weight, counts = _weights(concept_ids, links, ids)
-    total: Tensor | None = None
+    uses = torch.bincount(reading[weight < 0], minlength=len(ids)).double()
+    total = negatives = torch.empty(0)
     for start, z in blocks:
-        total = torch.zeros(len(concept_ids), *z.shape[1:], dtype=torch.float64) if total is None else total
+        if not len(total):
+            total = torch.zeros(len(concept_ids), *z.shape[1:], dtype=torch.float64)
+            negatives = torch.zeros(z.shape[1:], dtype=torch.float64)
+        negatives += torch.einsum("n,nld->ld", uses[start : start + len(z)], z.double())
         here = ((reading >= start) & (reading < start + len(z))).nonzero().flatten()
         for part in here.split(CHUNK):
             rows = z[reading[part] - start].double() * weight[part, None, None]
             total.index_add_(0, concept[part], rows)
-    assert total is not None  # a concept without readings was refused above
     directions = total.float().transpose(0, 1).contiguous()
     _check_directions(directions, concept_ids)
-    return Contrast(directions, *counts)
+    return Contrast(directions, *counts, (negatives / uses.sum()).float())
 
 
 def _weights(
@@ -117,12 +123,13 @@ def with_readings(shards: Sequence[Path]) -> list[Path]:
 def load_dictionary(polarity: Path, directions: Path) -> ConceptDictionary:
     """The dictionary of a run, from the folders of two finished stages."""
     facts = json.loads((directions / "facts.json").read_text("utf-8"))
-    tensors = load_file(directions / "directions.safetensors")
+    tensors, baseline = (load_file(directions / f"{name}.safetensors") for name in ("directions", "baseline"))
     return ConceptDictionary(
         concepts=read_table(polarity / "concepts.parquet", CONCEPTS).to_pandas(),
         vectors={layer: tensors[f"layer_{layer}"] for layer in facts["layers"]},
         model=ModelFacts(**facts["model"]),
         R={int(layer): R for layer, R in facts["R"].items()},
+        baseline={layer: baseline[f"layer_{layer}"] for layer in facts["layers"]},
     )
 
 
@@ -146,9 +153,11 @@ def run(work: Work) -> None:
     )
     layers = facts["layers"]
     tensors = {f"layer_{layer}": found.directions[i].clone() for i, layer in enumerate(layers)}
-    partial = work.folder / ".directions.partial"
-    save_file(tensors, partial)
-    partial.replace(work.folder / "directions.safetensors")
+    baseline = {f"layer_{layer}": found.baseline[i].clone() for i, layer in enumerate(layers)}
+    for name, saved in (("directions", tensors), ("baseline", baseline)):
+        partial = work.folder / f".{name}.partial"
+        save_file(saved, partial)
+        partial.replace(work.folder / f"{name}.safetensors")
     R = median_norms(shards, len(layers), work.recipe.sae.holdout)
     written = {
         "model": facts["model"],

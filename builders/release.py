@@ -29,7 +29,7 @@ from builders.stages import Work, done
 from builders.steering import TUNING, load_layer, read_tuning, release_setting, steering_config
 from builders.train_sae import threshold_form
 from daco.dictionary import ConceptDictionary
-from daco.dictionary_files import recognition_table, statistics_table
+from daco.dictionary_files import baseline_table, recognition_table, statistics_table
 from daco.errors import DacoError, IntegrityError, RecipeError
 from daco.manifest import (
     FINGERPRINT,
@@ -257,6 +257,14 @@ def directions_split(
     return Split(f"directions_{model}", f"layer_{layer}", schema, tables, len(frame), size, rows)
 
 
+def baseline_split(dictionary: ConceptDictionary, model: str, n_negative: int) -> Split:
+    """The mean reading of negatives at each layer, from which concepts that are added are told apart."""
+    table = baseline_table(dictionary.baseline, n_negative)
+    return Split(
+        f"baseline_{model}", "train", table.schema, [table], len(table), table.nbytes, MAX_VECTOR_ROWS
+    )
+
+
 def recognition_splits(dictionary: ConceptDictionary, layer: int, model: str, one: Recogniser) -> list[Split]:
     """What tells the concepts of one layer, and how its readings vary."""
     d = dictionary.model.hidden_size
@@ -323,6 +331,7 @@ def write_dataset(work: Work, folder: Path) -> None:
         directions_split(dictionary, layer, model, facts["n_positive"], facts["n_negative"])
         for layer in dictionary.layers
     ]
+    parts.append(baseline_split(dictionary, model, sum(facts["n_negative"])))
     recognisers = load_recognisers(work.upstream("recognition"))
     for layer, one in recognisers.items():
         parts += recognition_splits(dictionary, layer, model, one)

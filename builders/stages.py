@@ -26,7 +26,7 @@ from daco.manifest import FORMAT_VERSION, canonical_json, file_entry, write_atom
 
 T = TypeVar("T")
 
-LAYOUTS = {"activations": 2, "evaluate": 2, "recognition": 2}
+LAYOUTS = {"activations": 2, "directions": 2, "evaluate": 2, "recognition": 2}
 """Stages whose files or figures were others before: what an earlier version left of them is made anew."""
 
 PARTIAL = ".partial-"

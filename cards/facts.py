@@ -34,12 +34,13 @@ CONFIG_NOTES = {
     "links": "one row per concept and stimulus: positives with their rank and distance, negatives",
     "concepts": "one row per concept, in dictionary order",
     "directions": "one row per concept, one split per layer: the concept's raw direction",
+    "baseline": "one row per layer: the mean reading of negatives, from which an added concept is told apart",
     "recognition": "one row per concept, one split per layer: what tells it from a reading, and how well",
     "statistics": "one row per dimension, one split per layer: mean and inverse covariance of readings",
 }
 """What a row of each config is; `directions_<model>` and the like share one note."""
 
-OF_MODEL = ("directions", "recognition", "statistics")
+OF_MODEL = ("directions", "baseline", "recognition", "statistics")
 """Configs that there are for each model."""
 
 LOADED = ("stimuli", "links", "concepts", "directions")

@@ -249,6 +249,9 @@ def _of_dataset(before: Snapshot, after: Snapshot) -> Iterator[Change]:
         ]
         if all(told[0]) and all(told[1]) and told[0] != told[1]:
             yield Change("minor", f"{model}: concepts are recognised otherwise")
+        told = [_hashes(release, f"baseline_{model}") for release in (before, after)]
+        if all(told) and told[0] != told[1]:
+            yield Change("minor", f"{model}: the mean reading of negatives changed")
 
 
 def _of_concepts(old: pd.DataFrame, new: pd.DataFrame) -> Iterator[Change]:

@@ -20,6 +20,7 @@ from builders.vision import ensure_torchvision
 from cards import suites, tuning
 from cards.album import MAP
 from cards.facts import CARD
+from daco.dictionary_files import baseline_schema
 from daco.errors import DacoError
 from daco.manifest import MANIFEST, check_file, read_manifest, release_files
 from daco.sae_files import read_config
@@ -86,7 +87,7 @@ OURS = frozenset(
     name
     for schema in (
         *(STIMULI, LINKS, CONCEPTS, ATOMS, ATOMS_MORE),
-        *(directions_schema(1), recognition_schema(1), statistics_schema(1)),
+        *(directions_schema(1), baseline_schema(1), recognition_schema(1), statistics_schema(1)),
     )
     for name in schema.names
 )

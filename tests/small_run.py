@@ -114,6 +114,10 @@ def write_directions(out: Path) -> None:
     """The dictionary as the directions stage leaves it."""
     work = opened(small_recipe(), out, "directions")
     save_file(dictionary(), work.folder / "directions.safetensors")
+    save_file(
+        {f"layer_{layer}": torch.full((D_MODEL,), 4.0 + layer) for layer in LAYERS},
+        work.folder / "baseline.safetensors",
+    )
     facts = {
         "model": model_facts(),
         "layers": list(LAYERS),

@@ -82,7 +82,7 @@ def assert_came_back(printed: str, splits: int) -> None:
 
 def test_drawn_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "drawn.toml").write_text(DRAWN)
-    assert_came_back(run(tmp_path / "drawn.toml", tmp_path / "run", capsys), splits=9)
+    assert_came_back(run(tmp_path / "drawn.toml", tmp_path / "run", capsys), splits=10)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert (summary["methods"], summary["sae_fve"]) == ({}, {})
     assert [repo["repo_type"] for repo in summary["repos"]] == ["dataset", "model"]
@@ -91,14 +91,14 @@ def test_drawn_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_emoji(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = [f"corpus.path={real('emoji', 'index.tsv')}", f"corpus.images={real('emoji', 'images')}"]
     recipe = RECIPES / "emoji.toml"
-    assert_came_back(run(recipe, tmp_path / "run", capsys, *places, "corpus.rows=120"), splits=9)
+    assert_came_back(run(recipe, tmp_path / "run", capsys, *places, "corpus.rows=120"), splits=10)
 
 
 def test_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions = real("photos", "annotations", "captions_train2017.json")
     places = [f"corpus.path={captions}", f"corpus.images={real('photos', 'train2017')}"]
     printed = run(RECIPES / "coco.toml", tmp_path / "run", capsys, *places, "concepts.min_count=2")
-    assert_came_back(printed, splits=9)
+    assert_came_back(printed, splits=10)
 
 
 def test_the_quick_start_is_the_first_code_of_a_card() -> None:

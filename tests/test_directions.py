@@ -61,6 +61,8 @@ def test_directions_equal_the_naive_ones(size, monkeypatch):
         sum((frame.concept_id == c) & (frame.role == "negative")) for c in CONCEPT_IDS
     ]
     assert found.directions.shape == (2, 5, D_MODEL)
+    negatives = [by_id[s] for s in frame[frame.role == "negative"].stimulus_id]
+    np.testing.assert_allclose(found.baseline, np.mean(negatives, axis=0), rtol=1e-5)
 
 
 def test_stimuli_without_a_reading_are_left_out_of_the_means():
@@ -68,6 +70,9 @@ def test_stimuli_without_a_reading_are_left_out_of_the_means():
     found = stage.contrast(CONCEPT_IDS, frame, IDS[:20], blocks(z[:20], 9))
     expected = naive(frame, dict(zip(IDS[:20], z[:20].numpy(), strict=True)), CONCEPT_IDS[2])
     np.testing.assert_allclose(found.directions[:, 2], expected, rtol=1e-5, atol=1e-6)
+    read = dict(zip(IDS[:20], z[:20].numpy(), strict=True))
+    negatives = [read[s] for s in frame[frame.role == "negative"].stimulus_id if s in read]
+    np.testing.assert_allclose(found.baseline, np.mean(negatives, axis=0), rtol=1e-5)
     assert (
         sum(found.n_positive) + sum(found.n_negative) == frame.stimulus_id.isin(IDS[:20]).sum() < len(frame)
     )

@@ -242,6 +242,8 @@ def planted(out: Path, seed: int = 1) -> Path:
     )
     tensors = {f"layer_{layer}": found.directions[i].clone() for i, layer in enumerate(LAYERS)}
     save_file(tensors, work.folder / "directions.safetensors")
+    baseline = {f"layer_{layer}": found.baseline[i].clone() for i, layer in enumerate(LAYERS)}
+    save_file(baseline, work.folder / "baseline.safetensors")
     facts |= {"R": {str(layer): 10.0 for layer in LAYERS}, "n_positive": [60] * 11, "n_negative": [60] * 11}
     (work.folder / "facts.json").write_text(canonical_json(facts))
     work.finish({})
@@ -687,7 +689,9 @@ def test_a_release_without_it_is_as_before(released, tmp_path):
     out = shutil.copytree(released, tmp_path / "run")
     stage.run(opened(small_recipe(**SECTIONS, recognition={"min_precision": 0.0}), fresh(out), "recognition"))
     manifest = read_manifest(folder := release_of(out))
-    assert set(manifest["configs"]) == {"stimuli", "links", "concepts", "directions_toy"}
+    assert set(manifest["configs"]) == {
+        *("stimuli", "links", "concepts", "directions_toy", "baseline_toy")
+    }
     assert "usual" not in manifest["models"]["toy"]
     assert ConceptDictionary.from_pretrained(folder, recognition=True).recognisers == {}
 

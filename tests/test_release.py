@@ -99,6 +99,7 @@ def test_dataset_has_the_rows_of_its_stages(upstream):
         "links": {"train": 66},
         "concepts": {"train": 11},
         "directions_toy": {"layer_1": 11, "layer_2": 11},
+        "baseline_toy": {"train": 2},
         "recognition_toy": {"layer_1": 11, "layer_2": 11},
         "statistics_toy": {"layer_1": 32, "layer_2": 32},
     }
@@ -172,6 +173,11 @@ def test_dictionary_loads_with_daco(upstream):
     assert len(found) == N_CONCEPTS
     assert all(torch.equal(found.raw(layer), dictionary()[f"layer_{layer}"]) for layer in LAYERS)
     assert found.R == {1: 11.0, 2: 12.0}
+    assert {layer: row.tolist() for layer, row in found.baseline.items()} == {
+        layer: [4.0 + layer] * D_MODEL for layer in LAYERS
+    }
+    larger = found.extend("bow", {layer: torch.full((3, D_MODEL), 9.0) for layer in LAYERS})
+    assert torch.equal(larger.raw(1)[-1], torch.full((D_MODEL,), 9.0 - 5.0))
 
 
 def test_images_travel_only_where_the_licence_allows(upstream, tmp_path):
