@@ -689,9 +689,7 @@ def test_a_release_without_it_is_as_before(released, tmp_path):
     out = shutil.copytree(released, tmp_path / "run")
     stage.run(opened(small_recipe(**SECTIONS, recognition={"min_precision": 0.0}), fresh(out), "recognition"))
     manifest = read_manifest(folder := release_of(out))
-    assert set(manifest["configs"]) == {
-        *("stimuli", "links", "concepts", "directions_toy", "baseline_toy")
-    }
+    assert set(manifest["configs"]) == {*("stimuli", "links", "concepts", "directions_toy", "baseline_toy")}
     assert "usual" not in manifest["models"]["toy"]
     assert ConceptDictionary.from_pretrained(folder, recognition=True).recognisers == {}
 
