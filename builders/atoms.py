@@ -16,7 +16,7 @@ from torch import Tensor
 
 from builders.directions import load_dictionary
 from builders.stages import Work
-from builders.tokens import MODALITIES, TokenShards, check_sides
+from builders.tokens import MODALITIES, TokenShards, check_activations
 from builders.train_sae import load_sae, token_split
 from daco.dictionary import ConceptDictionary
 from daco.errors import ActivationError, RecipeError
@@ -260,9 +260,7 @@ def _top(
     return both, which.masked_fill(both == 0, -1)
 
 
-def check_upstream(work: Work) -> None:
-    """Raise FormatError where the activations are an earlier version's, before its results are discarded."""
-    check_sides((work.upstream("activations") / "shards").iterdir())
+check_upstream = check_activations
 
 
 def run(work: Work) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builders.stages import Work
-from builders.tokens import check_sides, median_norms, read_facts, read_ids
+from builders.tokens import check_activations, median_norms, read_facts, read_ids
 from daco.dictionary import ConceptDictionary
 from daco.errors import ActivationError
 from daco.manifest import canonical_json, write_atomic
@@ -133,9 +133,7 @@ def load_dictionary(polarity: Path, directions: Path) -> ConceptDictionary:
     )
 
 
-def check_upstream(work: Work) -> None:
-    """Raise FormatError where the activations are an earlier version's, before its results are discarded."""
-    check_sides((work.upstream("activations") / "shards").iterdir())
+check_upstream = check_activations
 
 
 def run(work: Work) -> None:

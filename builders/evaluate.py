@@ -24,7 +24,7 @@ from builders.splice import Spliced, answered, recovered, splice
 from builders.stages import Work
 from builders.statistics import by_cluster, ratio, share
 from builders.steering import load_steering, release_setting
-from builders.tokens import check_sides, held_ids
+from builders.tokens import check_activations, held_ids
 from builders.train_sae import load_sae
 from daco.capture import capture
 from daco.dictionary import ConceptDictionary
@@ -209,9 +209,7 @@ def by_turns(stimuli: Sequence[Stimulus]) -> list[Stimulus]:
     return [stimulus for _, stimulus in sorted(turns, key=lambda turn: turn[0])]
 
 
-def check_upstream(work: Work) -> None:
-    """Raise FormatError where the activations are an earlier version's, before its results are discarded."""
-    check_sides((work.upstream("activations") / "shards").iterdir())
+check_upstream = check_activations
 
 
 def run(work: Work) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from builders.directions import with_readings
 from builders.stages import Work, writing
 from builders.statistics import by_cluster, precision_recall
-from builders.tokens import check_sides, held_out, read_facts, read_ids, read_sides
+from builders.tokens import check_activations, held_out, read_facts, read_ids, read_sides
 from daco.dictionary_files import recogniser_of, recognition_table
 from daco.errors import ActivationError, IntegrityError
 from daco.manifest import canonical_json, write_atomic
@@ -491,9 +491,7 @@ def corpus_columns(corpus: Path, ids: Sequence[str], *columns: str) -> list[list
     return [[found[i][n] for i in ids] for n in range(len(columns))]
 
 
-def check_upstream(work: Work) -> None:
-    """Raise FormatError where the activations are an earlier version's, before its results are discarded."""
-    check_sides((work.upstream("activations") / "shards").iterdir())
+check_upstream = check_activations
 
 
 def run(work: Work) -> None:

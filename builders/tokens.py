@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from builders.stages import Work
 from daco.errors import ActivationError, FormatError
 
 MODALITIES = ("image", "prompt", "caption", "generated")
@@ -71,6 +72,11 @@ def check_sides(shards: Iterable[Path]) -> None:
             raise FormatError(
                 f"{shard}: expected {SIDES}, got none: an earlier version wrote it; run the activations again"
             )
+
+
+def check_activations(work: Work) -> None:
+    """Raise FormatError where the activations are an earlier version's, before its results are discarded."""
+    check_sides((work.upstream("activations") / "shards").iterdir())
 
 
 def read_sides(shards: Sequence[Path]) -> list[str]:

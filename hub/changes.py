@@ -230,6 +230,12 @@ def _some(names: Sequence[Any]) -> list[str]:
 
 # Datasets.
 
+BESIDE_DIRECTIONS = {
+    ("recognition", "statistics"): "concepts are recognised otherwise",
+    ("baseline",): "the mean reading of negatives changed",
+}
+"""What it means where two versions have these configs of a model, and not the same."""
+
 
 def _of_dataset(before: Snapshot, after: Snapshot) -> Iterator[Change]:
     old, new = before.manifest["configs"], after.manifest["configs"]
@@ -243,15 +249,12 @@ def _of_dataset(before: Snapshot, after: Snapshot) -> Iterator[Change]:
         yield Change("minor", f"links changed: {_rows(before, 'links')} before, {_rows(after, 'links')} now")
     for model in sorted(set(before.manifest["models"]) & set(after.manifest["models"])):
         yield from _of_directions(model, before, after)
-        told = [
-            [_hashes(release, f"{config}_{model}") for config in ("recognition", "statistics")]
-            for release in (before, after)
-        ]
-        if all(told[0]) and all(told[1]) and told[0] != told[1]:
-            yield Change("minor", f"{model}: concepts are recognised otherwise")
-        told = [_hashes(release, f"baseline_{model}") for release in (before, after)]
-        if all(told) and told[0] != told[1]:
-            yield Change("minor", f"{model}: the mean reading of negatives changed")
+        for configs, what in BESIDE_DIRECTIONS.items():
+            old_files, new_files = (
+                [_hashes(release, f"{config}_{model}") for config in configs] for release in (before, after)
+            )
+            if all(old_files) and all(new_files) and old_files != new_files:
+                yield Change("minor", f"{model}: {what}")
 
 
 def _of_concepts(old: pd.DataFrame, new: pd.DataFrame) -> Iterator[Change]:
